@@ -1,0 +1,1 @@
+"""Continuous batching: scheduler, model runner, sampler and the step loop of a worker."""

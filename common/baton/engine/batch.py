@@ -1,0 +1,123 @@
+"""What one engine step computes, and the contract of whoever computes it. Torch-free."""
+
+import enum
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from baton.kv.block import BlockHash
+from baton.kv.layout import BlockStorage
+from baton.request import BlockId, FinishReason, Request, RequestId, SamplingParams
+
+
+class SequenceStatus(enum.Enum):
+    """WAITING -> RUNNING -> FINISHED; a reserved one: WAITING -> RESERVED -> RUNNING -> FINISHED.
+
+    Preemption takes RUNNING back to WAITING with nothing computed.
+    """
+
+    WAITING = enum.auto()
+    RESERVED = enum.auto()  # holds blocks, its KV is on the way from a prefill worker
+    RUNNING = enum.auto()
+    HELD = enum.auto()  # prefill only: done, but the blocks stay until the hand-over released them
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The engine's mutable state of one request. Only the engine writes it; everybody else reads.
+
+    token_ids = prompt, then generated tokens. KV exists for the first num_computed_tokens of them; block_table covers
+    at least these. A sequence may run when num_computed_tokens < len(token_ids).
+    """
+
+    request: Request
+    remote: bool = False  # KV of the prompt comes from a prefill worker
+    prefill_only: bool = False  # stop after the first token and hold the blocks
+    status: SequenceStatus = SequenceStatus.WAITING
+    token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when admitted
+    block_table: list[BlockId] = field(default_factory=list)
+    block_hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks known so far
+    finish_reason: FinishReason | None = None
+    in_flight: bool = False  # part of the step that runs now: its blocks must not be given back before it ends
+    abort_requested: bool = False
+    arrival_s: float = 0.0
+    admitted_s: float = 0.0
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.request.request_id
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.request.num_prompt_tokens
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """Tokens [start, start + len(token_ids)) of one sequence: their KV is written, and with `sample` the token after
+    the last of them is drawn. The KV of positions below `start` is there already."""
+
+    request_id: RequestId
+    start: int
+    token_ids: tuple[int, ...]
+    block_table: tuple[BlockId, ...]  # covers start + len(token_ids) positions
+    sample: bool
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Ragged: rows one after another, prompt chunks and single decode tokens in one step."""
+
+    rows: tuple[BatchRow, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.token_ids) for row in self.rows)
+
+
+class ModelRunner(Protocol):
+    """Runs batches on one device. One at a time: the engine awaits `execute` before it calls it again."""
+
+    @property
+    def storage(self) -> BlockStorage: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_model_len(self) -> int:
+        """What the model's positions allow."""
+        ...
+
+    async def execute(self, batch: Batch) -> tuple[int, ...]:
+        """One token per row with `sample`, in row order. Must not be abandoned half-way: when the awaiting task is
+        cancelled it still waits for the device, because the step writes to the pool."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What a step did for one sequence. `token_ids` are new ones, the first of them the `first_index`-th generated."""
+
+    request_id: RequestId
+    num_computed_tokens: int
+    first_index: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    outputs: tuple[SequenceOutput, ...]
+    admitted: tuple[RequestId, ...]  # reservations that got their blocks
+    num_tokens: int  # computed in this step
+    seconds: float

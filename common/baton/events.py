@@ -1,0 +1,38 @@
+"""What happened, as structured events. Whoever makes something happen is handed an `Emit` and calls it.
+
+Processes write events to the log; the simulation keeps them as lines, which two runs of one seed must repeat byte for
+byte. Never called per token.
+"""
+
+import json
+import logging
+from typing import Any, Protocol
+
+from baton.clock import Clock
+
+
+class Emit(Protocol):
+    def __call__(self, kind: str, /, **fields: Any) -> None: ...
+
+
+class LogEvents:
+    """Events as log records: the kind is the message, the fields are extras (see telemetry)."""
+
+    def __init__(self, logger: logging.Logger, level: int = logging.DEBUG) -> None:
+        self._logger = logger
+        self._level = level
+
+    def __call__(self, kind: str, /, **fields: Any) -> None:
+        if self._logger.isEnabledFor(self._level):
+            self._logger.log(self._level, kind, extra={"fields": fields})
+
+
+class EventLines:
+    """Events as text, in order, with the clock's time."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.lines: list[str] = []
+
+    def __call__(self, kind: str, /, **fields: Any) -> None:
+        self.lines.append(f"{self._clock.now():.6f} {kind} {json.dumps(fields, sort_keys=True)}")

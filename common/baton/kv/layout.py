@@ -1,0 +1,71 @@
+"""How the KV of one block lies in memory. Torch-free: sizes and offsets only.
+
+A block is one contiguous run of bytes, layer after layer, in each layer first all K then all V:
+
+    block := layer 0 | layer 1 | ...      layer := K [block_size, num_kv_heads, k_dim] | V [block_size, num_kv_heads, v_dim]
+
+so the bytes of a group of layers lie together, and a hand-over sends each (block, layer group) as one run.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Protocol
+
+from baton.request import BlockId
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+
+    def num_elements(self, block_size: int) -> int:
+        return block_size * self.num_kv_heads * (self.k_dim + self.v_dim)
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """`dtype` is a name both sides know ("float32", "bfloat16"); `element_bytes` its size."""
+
+    block_size: int
+    layers: tuple[LayerLayout, ...]
+    dtype: str
+    element_bytes: int
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @cached_property
+    def layer_offsets(self) -> tuple[int, ...]:
+        """num_layers + 1 byte offsets into a block; the last one is block_bytes."""
+        sizes = (layer.num_elements(self.block_size) * self.element_bytes for layer in self.layers)
+        return tuple(accumulate(sizes, initial=0))
+
+    @property
+    def block_bytes(self) -> int:
+        return self.layer_offsets[-1]
+
+    def group_bytes(self, layer_start: int, layer_end: int) -> int:
+        return self.layer_offsets[layer_end] - self.layer_offsets[layer_start]
+
+    def describe(self) -> str:
+        """Equal strings mean equal bytes; part of the worker fingerprint."""
+        shapes = ";".join(f"{layer.num_kv_heads}x{layer.k_dim}/{layer.v_dim}" for layer in self.layers)
+        return f"{self.block_size}:{self.dtype}:{shapes}"
+
+
+class BlockStorage(Protocol):
+    """The bytes of all blocks of one worker. Whoever writes a region must own the block (see kv.block_pool)."""
+
+    @property
+    def layout(self) -> KVLayout: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    def region(self, block_id: BlockId, layer_start: int, layer_end: int) -> memoryview:
+        """Writable bytes of layers [layer_start, layer_end) of one block; no copy."""
+        ...

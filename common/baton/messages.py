@@ -1,0 +1,212 @@
+"""What processes say to each other. `codec` turns these into the protobuf messages of `proto/baton/v1`;
+the in-process RPC hands them over as they are, so all of them are immutable."""
+
+import enum
+from dataclasses import dataclass, field
+
+from baton.request import FinishReason, Request, RequestId, SamplingParams, WorkerId
+
+
+class Role(enum.StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A worker's own measurements, sent with every Step and every lease renewal. Rates are 0 until measured."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0  # prompt tokens accepted but not yet computed
+    num_free_blocks: int = 0  # free or evictable
+    prefill_tokens_per_s: float = 0.0
+    decode_step_s: float = 0.0
+    transfer_bytes_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    """How the fleet knows a worker. A restart is a new incarnation; claims of an old one never count."""
+
+    worker_id: WorkerId
+    incarnation: str
+    roles: tuple[Role, ...]
+    address: str  # gRPC host:port
+    transports: tuple[str, ...]  # names of the transports it has open
+    model: str  # the name it was started with
+    fingerprint: str  # of config, weights, KV layout and wire version; a pair needs equal ones
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    kv_block_bytes: int
+    draining: bool = False
+    load: Load = field(default_factory=Load)
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Router to decode worker. `handle` is the router's short name for the request on this session.
+
+    With `remote_prefill` the worker reserves blocks and answers with a Ticket; without it the worker computes the
+    prompt itself. `epoch` tells attempts at the same request apart: messages and pieces of another epoch are refused.
+    """
+
+    handle: int
+    request: Request
+    epoch: int
+    remote_prefill: bool
+    deadline_s: float  # from now, on the receiver's clock
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    handle: int
+
+
+SessionUp = Submit | Cancel
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Decode worker to router to prefill worker: where this request's KV goes. Valid until the lease ends."""
+
+    handle: int
+    request_id: RequestId
+    epoch: int
+    worker_id: WorkerId
+    transport: str
+    address: str  # opaque to everyone but the transport of that name
+    fingerprint: str
+    block_size: int
+    num_cached_tokens: int  # already held by the decode worker: not to be sent; a multiple of block_size
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The request behind `handle` ended with an error; its blocks are already given back."""
+
+    handle: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One engine step of one decode worker, for all requests of one session, column by column.
+
+    Row i carries tokens `first_index[i] ... first_index[i] + num_tokens[i] - 1` of request `handles[i]`, counted from
+    the first generated token; `token_ids` holds all rows one after another. `finished` lists (handle, reason).
+    """
+
+    handles: tuple[int, ...]
+    first_index: tuple[int, ...]
+    num_tokens: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    finished: tuple[tuple[int, FinishReason], ...]
+    load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """The hand-over behind `handle` is verified and the sequence runs. For the record of the request."""
+
+    handle: int
+    num_blocks: int
+    num_bytes: int
+    seconds: float  # first piece opened to last piece verified
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    load: Load
+
+
+SessionDown = Ticket | Failure | Step | Received | Heartbeat
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCall:
+    request: Request
+    ticket: Ticket
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillResult:
+    """The first token leaves from here. `finish_reason` is set when it is also the last one."""
+
+    token_id: int
+    finish_reason: FinishReason | None
+    num_cached_tokens: int  # of the prompt, found in the prefill worker's own prefix cache
+    queue_s: float
+    prefill_s: float
+    load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateCall:
+    """`Decode.Generate`: one request on one decode worker, prompt computed there; for simple clients."""
+
+    request: Request
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RouterGenerateCall:
+    """`Router.Generate`: a prompt as text or as token ids (exactly one of them), served by the fleet."""
+
+    model: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    deadline_s: float
+    request_id: str = ""  # drawn by the router where empty
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateChunk:
+    first_index: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CancelCall:
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class CancelResult:
+    found: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StatusCall:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """`Status.Get` and each message of `Status.Watch`. Watch sends a snapshot first (`snapshot=True`: `added` is all),
+    then changes as they happen and the record every few seconds; `sequence` rises by one per message."""
+
+    record: WorkerRecord
+    num_used_blocks: int
+    sequence: int = 0
+    snapshot: bool = False
+    added: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ListWorkersCall:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerList:
+    workers: tuple[WorkerRecord, ...]

@@ -1,0 +1,1 @@
+"""Hugging Face modelling code with Baton's paged attention plugged in."""

@@ -1,0 +1,1 @@
+"""The `baton` command: composes processes and owns no logic."""

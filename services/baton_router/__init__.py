@@ -1,0 +1,1 @@
+"""The router: both front doors, tokenisation, placement, admission and the life of a request. Imports no torch."""

@@ -1,0 +1,112 @@
+"""One request on its way through the fleet, as the front doors see it: a stream of tokens and a record of how they
+were made. The pipeline writes, one front door reads."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from baton.errors import BatonError
+from baton.request import FinishReason, Request
+
+
+class Tokens(NamedTuple):
+    first_index: int  # of these among all generated tokens, from 0
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(slots=True)
+class Record:
+    """How a request was served. Times are seconds on the router's clock; shown by /debug/requests/{id}."""
+
+    request_id: str
+    num_prompt_tokens: int
+    arrival_s: float
+    prefill_worker: str | None = None
+    decode_worker: str | None = None
+    transport: str | None = None
+    num_cached_tokens_prefill: int = 0
+    num_cached_tokens_decode: int = 0
+    num_blocks_transferred: int = 0
+    num_bytes_transferred: int = 0
+    transfer_s: float | None = None
+    placed_s: float | None = None
+    ticket_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    num_output_tokens: int = 0
+    finish_reason: str | None = None
+    error: str | None = None
+
+    @property
+    def ttft_s(self) -> float | None:
+        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
+
+    @property
+    def mean_itl_s(self) -> float | None:
+        if self.first_token_s is None or self.finished_s is None or self.num_output_tokens < 2:
+            return None
+        return (self.finished_s - self.first_token_s) / (self.num_output_tokens - 1)
+
+
+@dataclass(slots=True)
+class TokenStream:
+    """Tokens pushed by the step demultiplexer, taken by one reader. Pushing never blocks and wakes the reader at most
+    once per turn of the loop, however many tokens came."""
+
+    _buffer: list[Tokens] = field(default_factory=list)
+    _error: BatonError | None = None
+    _closed: bool = False
+    _waiter: asyncio.Future[None] | None = None
+
+    def push(self, tokens: Tokens) -> None:
+        self._buffer.append(tokens)
+        self._wake()
+
+    def fail(self, error: BatonError) -> None:
+        """The reader gets what was pushed before, then this error."""
+        if not self._closed:
+            self._error, self._closed = error, True
+            self._wake()
+
+    def end(self) -> None:
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[Tokens]:
+        """All that came since the last call, at least one; [] at the end. Raises the error it was failed with."""
+        while not self._buffer:
+            if self._error is not None:
+                raise self._error
+            if self._closed:
+                return []
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        taken, self._buffer = self._buffer, []
+        return taken
+
+
+class Generator(Protocol):
+    """What the front doors need of the pipeline."""
+
+    def generate(self, request: Request, *, timeout_s: float) -> AsyncGenerator[list[Tokens], None]:
+        """Tokens in order, several steps' worth per item when the reader was slow; the last item ends with a finish
+        reason. Raises BatonError (Overloaded, Unavailable, DeadlineExceeded, ...) before or between items. Closing
+        the generator early cancels the request everywhere."""
+        ...
+
+    def cancel(self, request_id: str) -> bool:
+        """True when the request was in flight; its reader gets Cancelled."""
+        ...
+
+    def record(self, request_id: str) -> Record | None:
+        """Of a request in flight or one of the last few hundred."""
+        ...
