@@ -1,48 +1,71 @@
-"""Settings: frozen dataclasses, each default written once, here. `load` reads them from a file, the environment and flags."""
+"""Settings: frozen dataclasses, each default written once, here.
 
-from dataclasses import dataclass, field
+`baton.settings.load` fills them from a file, the environment and flags. `describe` lists them, so that flags
+and documentation are made from this file and nothing is said twice: the comment behind a field is its
+documentation, its type says which values are allowed.
+"""
 
+import functools
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_type_hints
+
+from annotated_types import Ge, Interval, Predicate
+
+from baton.errors import ConfigError
 from baton.messages import Role
+
+
+def a_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
+Count: TypeAlias = Annotated[int, Ge(1)]
+PowerOfTwo: TypeAlias = Annotated[int, Predicate(a_power_of_two)]
+Port: TypeAlias = Annotated[int, Interval(ge=0, le=65535)]  # 0: any free one
+Seconds: TypeAlias = Annotated[float, Interval(gt=0, le=86400)]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     model: str = "demo"  # a directory, a Hugging Face hub id, or "demo" for the model that ships with Baton
-    revision: str | None = None
+    revision: str | None = None  # branch, tag or commit of a hub id
     served_model_name: tuple[str, ...] = ()  # names that clients may use; default: the model as given
-    dtype: str = "auto"  # auto | float32 | bfloat16 | float16; auto is the checkpoint's, float32 on the CPU
-    max_model_len: int | None = None  # default: what the model's config allows
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as stored; float32 on CPU
+    max_model_len: Count | None = None  # tokens of prompt plus answer; default: what the model allows
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    block_size: int = 16
-    num_blocks: int | None = None  # default: from kv_cache_bytes
-    kv_cache_bytes: int = 256 * 2**20
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    max_num_waiting: int = 512
-    enable_prefix_caching: bool = True
-    device: str = "auto"  # auto | cpu | cuda
-    num_threads: int = 1  # OpenMP threads of this worker
+    block_size: PowerOfTwo = 16  # tokens per KV block
+    num_blocks: Count | None = None  # KV blocks in the pool; default: what fits in kv_cache_bytes
+    kv_cache_bytes: Count = 256 * 2**20  # memory for KV blocks
+    max_num_seqs: Count = 64  # sequences that run at the same time
+    max_num_batched_tokens: Count = 512  # tokens of one engine step; longer prompts are computed in chunks
+    max_num_waiting: Count = 512  # requests that may wait in a worker; more are refused
+    enable_prefix_caching: bool = True  # keep blocks of finished requests for prompts that begin alike
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where the model runs
+    num_threads: Count = 1  # OpenMP threads of this worker
 
 
 @dataclass(frozen=True)
 class TransferConfig:
-    transport: str = "auto"  # auto | ucx | tcp
+    transport: Literal["auto", "ucx", "tcp"] = "auto"  # how KV blocks travel; auto: UCX where it is installed
     host: str = "127.0.0.1"  # address that the transport binds
     advertise_host: str | None = None  # address that peers connect to, when it is another
-    lease_s: float = 10.0  # a hand-over that makes no progress for this long has failed
-    push_timeout_s: float = 10.0  # for one piece
-    piece_bytes: int = 4 * 2**20
+    lease_s: Seconds = 10.0  # a hand-over that makes no progress for this long has failed
+    push_timeout_s: Seconds = 10.0  # for one piece
+    piece_bytes: Count = 4 * 2**20  # blocks are sent in pieces of about this size
 
 
 @dataclass(frozen=True)
 class IndexConfig:
-    index: str = "redis"  # redis | memory
-    redis_url: str = "redis://127.0.0.1:6379/0"
+    index: Literal["redis", "memory"] = "redis"  # where the fleet and its prefix blocks are known
+    redis_url: str = "redis://127.0.0.1:6379/0"  # also rediss:// and unix://
     namespace: str = "default"  # fleets with other namespaces do not see each other
-    lease_s: float = 10.0
+    lease_s: Seconds = 10.0  # a worker that does not renew for this long is gone
 
 
 @dataclass(frozen=True)
@@ -50,34 +73,84 @@ class WorkerConfig:
     """One worker process. Several roles in one process are allowed."""
 
     worker_id: str = ""  # default: role-hostname-pid
-    roles: tuple[Role, ...] = (Role.DECODE,)
-    host: str = "127.0.0.1"
-    port: int = 0
-    advertise_host: str | None = None
-    metrics_port: int | None = None  # plain HTTP /metrics; none when absent
-    heartbeat_s: float = 1.0
+    roles: tuple[Role, ...] = (Role.DECODE,)  # prefill, decode or both
+    host: str = "127.0.0.1"  # address that the gRPC server binds
+    port: Port = 0  # of the gRPC server; 0: any free one
+    advertise_host: str | None = None  # address that peers connect to, when it is another
+    metrics_port: Port | None = None  # plain HTTP /metrics; none when absent
+    heartbeat_s: Seconds = 1.0  # between two signs of life on a session that has nothing to say
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
 
+    def __post_init__(self) -> None:
+        if not self.roles:
+            raise ConfigError("roles: at least one of prefill, decode")
+
 
 @dataclass(frozen=True)
 class RouterConfig:
-    host: str = "127.0.0.1"
-    port: int = 8000
-    grpc_port: int = 0
-    workers: tuple[str, ...] = ()  # gRPC addresses to watch directly; with `index: memory` the only way to find them
-    request_timeout_s: float = 600.0
-    prefill_timeout_s: float = 120.0
-    reserve_timeout_s: float = 30.0
-    session_timeout_s: float = 5.0  # a decode session without any message for this long is lost
-    max_num_requests: int = 1024  # in flight; more are refused with 429
+    host: str = "127.0.0.1"  # address that the HTTP and gRPC servers bind
+    port: Port = 8000  # of the HTTP server; 0: any free one
+    grpc_port: Port = 0  # of the gRPC server; 0: any free one
+    workers: tuple[str, ...] = ()  # gRPC addresses to watch; without Redis the only way to find workers
+    request_timeout_s: Seconds = 600.0  # for a whole request
+    prefill_timeout_s: Seconds = 120.0  # from the ticket to the first token
+    reserve_timeout_s: Seconds = 30.0  # from submission to the ticket
+    session_timeout_s: Seconds = 5.0  # a decode session without any message for this long is lost
+    max_num_requests: Count = 1024  # in flight; more are refused with 429
     model: ModelConfig = field(default_factory=ModelConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
 
 
 @dataclass(frozen=True)
+class UpConfig(RouterConfig):
+    """`baton up`: a router and its workers on this machine."""
+
+    prefill: Annotated[int, Ge(0)] = 1  # number of prefill workers
+    decode: Count = 1  # number of decode workers
+    ready_timeout_s: Seconds = 300.0  # for all processes together; a model from the hub is loaded in it
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    # Without an address of yours, `up` starts a Redis server of its own.
+    index: IndexConfig = field(default_factory=lambda: IndexConfig(redis_url=""))
+
+
+@dataclass(frozen=True)
 class LogConfig:
-    level: str = "info"
-    format: str = "auto"  # auto | text | json; auto: text on a terminal, JSON elsewhere
+    level: Literal["debug", "info", "warning", "error"] = "info"  # the least severe records that are shown
+    format: Literal["auto", "text", "json"] = "auto"  # auto: text on a terminal, JSON elsewhere
+
+
+class Setting(NamedTuple):
+    path: str  # "engine.block_size"
+    type: Any  # with the constraints, as `Annotated`
+    default: Any
+    doc: str
+
+
+@functools.cache
+def describe(cls: type) -> tuple[Setting, ...]:
+    """Every setting of a config class and of its sections, in the order of the source."""
+    return tuple(_settings(cls, cls(), ""))
+
+
+def _settings(cls: type, defaults: Any, prefix: str) -> Iterator[Setting]:
+    hints = get_type_hints(cls, include_extras=True)
+    docs = _field_comments(cls)
+    for f in fields(cls):
+        default = getattr(defaults, f.name)
+        if is_dataclass(default):
+            yield from _settings(type(default), default, f"{prefix}{f.name}.")
+        else:
+            yield Setting(prefix + f.name, hints[f.name], default, docs.get(f.name, ""))
+
+
+@functools.cache
+def _field_comments(cls: type) -> dict[str, str]:
+    bases = [base for base in reversed(cls.__mro__) if is_dataclass(base)]
+    return {name: doc for base in bases for name, doc in _FIELD.findall(inspect.getsource(base))}
+
+
+_FIELD = re.compile(r"^    (\w+): .*?  # (.*)$", re.MULTILINE)

@@ -1,0 +1,192 @@
+"""What a process tells about itself: log records and metrics. Configured once by whoever starts the process.
+
+Logs are text for people on a terminal, one JSON object per line elsewhere. Code logs with the standard
+library; fields go into `extra`, or shorter through `event(log, "worker ready", address=address)`.
+Metrics live in a registry that is passed in; nothing here is global.
+"""
+
+import asyncio
+import contextlib
+import datetime
+import json
+import logging
+import os
+import sys
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, ClassVar, TextIO
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from baton.config import LogConfig
+from baton.errors import ConfigError
+
+# Each names its every request or connection at INFO, which drowns ours.
+CHATTY_LOGGERS = ("httpx", "httpcore", "huggingface_hub", "uvicorn.access", "filelock")
+
+STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+TRANSFER_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+def configure_logging(config: LogConfig, component: str, stream: TextIO | None = None) -> None:
+    """Send every record of this process to `stream` (default: stdout). Replaces what was configured before.
+
+    `component` names the process, such as "prefill-0"; in text it is left out where it is empty.
+    """
+    out = sys.stdout if stream is None else stream
+    as_text = config.format == "text" or (config.format == "auto" and out.isatty())
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(
+        TextFormatter(component, color=wants_color(out)) if as_text else JsonFormatter(component)
+    )
+    logging.basicConfig(level=config.level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
+    for name in CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.root.level))
+
+
+def event(log: logging.Logger, message: str, *, level: int = logging.INFO, **fields: Any) -> None:
+    """A record with named fields. Any name will do: they never clash with the attributes of `LogRecord`."""
+    if log.isEnabledFor(level):
+        log.log(level, message, extra={"fields": fields}, stacklevel=2)
+
+
+def wants_color(stream: TextIO, env: Mapping[str, str] = os.environ) -> bool:
+    if env.get("NO_COLOR"):
+        return False
+    return bool(env.get("FORCE_COLOR")) or stream.isatty()
+
+
+_STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {
+    "message",
+    "asctime",
+    "color_message",
+    "fields",
+}
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    extras = {key: value for key, value in vars(record).items() if key not in _STANDARD_ATTRIBUTES}
+    return extras | getattr(record, "fields", {})
+
+
+class JsonFormatter(logging.Formatter):
+    """One object per line: ts, level, component, logger, msg, the fields, exception."""
+
+    def __init__(self, component: str) -> None:
+        super().__init__()
+        self._component = component
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        line = {
+            "ts": when.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "component": self._component,
+            "logger": record.name,
+            "msg": record.getMessage(),
+        }
+        line |= {key: value for key, value in _fields(record).items() if key not in line}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """`12:00:01 prefill-0 INFO  worker ready  address=127.0.0.1:40001 blocks=512`"""
+
+    _COLORS: ClassVar = {"DEBUG": "2", "INFO": "32", "WARNING": "33", "ERROR": "31", "CRITICAL": "1;31"}
+
+    def __init__(self, component: str, *, color: bool) -> None:
+        super().__init__()
+        self._component = component
+        self._color = color
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = record.levelname
+        parts = [self._paint(self.formatTime(record, "%H:%M:%S"), "2")]
+        parts += [self._paint(self._component, "36")] if self._component else []
+        parts += [self._paint(f"{level:<7}", self._COLORS.get(level, "0")), record.getMessage()]
+        parts += [self._paint(f" {key}=", "2") + _text_value(value) for key, value in _fields(record).items()]
+        text = " ".join(parts)
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+    def _paint(self, text: str, code: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self._color else text
+
+
+def _text_value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = str(value)
+    return json.dumps(text) if not text or any(c.isspace() for c in text) else text
+
+
+class WorkerMetrics:
+    """One per worker process. The engine's loop calls in once per step, never per token."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        blocks = Gauge("baton_kv_blocks", "KV blocks; used + free = total.", ["state"], registry=registry)
+        self._blocks_used, self._blocks_free = blocks.labels("used"), blocks.labels("free")
+        self._blocks_total = blocks.labels("total")
+        requests = Gauge("baton_requests", "Requests in this worker.", ["state"], registry=registry)
+        self._running, self._waiting = requests.labels("running"), requests.labels("waiting")
+        tokens = Counter("baton_tokens", "Tokens computed.", ["kind"], registry=registry)
+        self._prompt_tokens, self._output_tokens = tokens.labels("prompt"), tokens.labels("output")
+        self._steps = Histogram(
+            "baton_step_seconds", "Engine steps.", buckets=STEP_BUCKETS_S, registry=registry
+        )
+        self._transfer_seconds = Histogram(
+            "baton_transfer_seconds",
+            "KV hand-overs, first piece to last.",
+            ["direction", "outcome"],
+            buckets=TRANSFER_BUCKETS_S,
+            registry=registry,
+        )
+        self._transfer_bytes = Counter(
+            "baton_transfer_bytes", "KV bytes handed over.", ["direction"], registry=registry
+        )
+        self._transport = Gauge(
+            "baton_transport_info", "Transport of KV blocks in use.", ["transport"], registry=registry
+        )
+
+    def set_blocks(self, *, used: int, free: int, total: int) -> None:
+        self._blocks_used.set(used)
+        self._blocks_free.set(free)
+        self._blocks_total.set(total)
+
+    def set_requests(self, *, running: int, waiting: int) -> None:
+        self._running.set(running)
+        self._waiting.set(waiting)
+
+    def observe_step(self, seconds: float, *, num_prompt_tokens: int, num_output_tokens: int) -> None:
+        self._steps.observe(seconds)
+        self._prompt_tokens.inc(num_prompt_tokens)
+        self._output_tokens.inc(num_output_tokens)
+
+    def observe_transfer(self, direction: str, outcome: str, *, seconds: float, num_bytes: int) -> None:
+        """direction: sent or received; outcome: ok, failed, cancelled or expired."""
+        self._transfer_seconds.labels(direction, outcome).observe(seconds)
+        self._transfer_bytes.labels(direction).inc(num_bytes)
+
+    def set_transport(self, transport: str) -> None:
+        self._transport.clear()
+        self._transport.labels(transport).set(1)
+
+
+@contextlib.asynccontextmanager
+async def serve_metrics(host: str, port: int, registry: CollectorRegistry) -> AsyncIterator[int]:
+    """`/metrics` over HTTP from a thread of its own, until the block is left; yields the port (for port 0).
+
+    Raises ConfigError when the address cannot be bound.
+    """
+    try:
+        # In a thread: http.server looks its own name up in DNS.
+        server, thread = await asyncio.to_thread(start_http_server, port, addr=host, registry=registry)
+    except OSError as error:
+        raise ConfigError(f"cannot serve metrics on {host}:{port}: {error.strerror or error}") from error
+    try:
+        yield server.server_port
+    finally:
+        await asyncio.to_thread(server.shutdown)
+        server.server_close()
+        thread.join()

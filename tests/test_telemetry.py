@@ -1,0 +1,115 @@
+"""Log formats and worker metrics."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from baton.config import LogConfig
+from baton.errors import ConfigError
+from baton.telemetry import WorkerMetrics, configure_logging, event, serve_metrics, wants_color
+from prometheus_client import CollectorRegistry
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    logging.captureWarnings(False)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_json_lines_off_a_terminal_carry_fields_and_exceptions() -> None:
+    out = io.StringIO()
+    configure_logging(LogConfig(), "decode-0", out)
+    log = logging.getLogger("baton.test")
+    event(log, "worker ready", name="n", blocks=3)
+    log.info("by extra", extra={"address": "a:1"})
+    try:
+        raise ValueError("broken\nin two lines")
+    except ValueError:
+        log.exception("it failed")
+    log.debug("not shown")
+    first, second, third = (json.loads(line) for line in out.getvalue().splitlines())
+    assert first.pop("ts").endswith("Z")
+    assert first == {
+        "level": "info",
+        "component": "decode-0",
+        "logger": "baton.test",
+        "msg": "worker ready",
+        "name": "n",
+        "blocks": 3,
+    }
+    assert second["address"] == "a:1"
+    assert "ValueError: broken" in third["exception"]
+
+
+def test_text_on_a_terminal_is_coloured_unless_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    out = Terminal()
+    configure_logging(LogConfig(), "router", out)
+    event(logging.getLogger("x"), "up", text="two words", seconds=0.123456)
+    assert "\x1b[" in out.getvalue()
+    plain = io.StringIO()
+    configure_logging(LogConfig(format="text"), "router", plain)
+    event(logging.getLogger("x"), "up", text="two words", seconds=0.123456)
+    assert plain.getvalue().split(" ", 1)[1] == 'router INFO    up  text="two words"  seconds=0.1235\n'
+    assert wants_color(plain, {"FORCE_COLOR": "1"})
+    assert not wants_color(out, {"NO_COLOR": "1", "FORCE_COLOR": "1"})
+
+
+def test_the_level_hides_what_is_less_severe() -> None:
+    out = io.StringIO()
+    configure_logging(LogConfig(level="error", format="text"), "", out)
+    logging.getLogger("a").warning("quiet")
+    logging.getLogger("a").error("loud")
+    assert [line.split()[1:] for line in out.getvalue().splitlines()] == [["ERROR", "loud"]]
+
+
+def test_worker_metrics_read_as_they_were_set() -> None:
+    registry = CollectorRegistry()
+    metrics = WorkerMetrics(registry)
+    metrics.set_blocks(used=3, free=5, total=8)
+    metrics.set_requests(running=2, waiting=1)
+    metrics.observe_step(0.01, num_prompt_tokens=7, num_output_tokens=2)
+    metrics.observe_transfer("received", "ok", seconds=0.2, num_bytes=4096)
+    metrics.set_transport("ucx")
+    metrics.set_transport("tcp")
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, labels)
+
+    assert [value("baton_kv_blocks", state=s) for s in ("used", "free", "total")] == [3, 5, 8]
+    assert [value("baton_requests", state=s) for s in ("running", "waiting")] == [2, 1]
+    assert [value("baton_tokens_total", kind=k) for k in ("prompt", "output")] == [7, 2]
+    assert value("baton_step_seconds_count") == 1
+    assert value("baton_transfer_seconds_sum", direction="received", outcome="ok") == 0.2
+    assert value("baton_transfer_bytes_total", direction="received") == 4096
+    assert value("baton_transport_info", transport="tcp") == 1
+    assert value("baton_transport_info", transport="ucx") is None
+
+
+async def test_metrics_are_served_until_the_block_ends() -> None:
+    registry = CollectorRegistry()
+    WorkerMetrics(registry).set_transport("tcp")
+    async with serve_metrics("127.0.0.1", 0, registry) as port, httpx.AsyncClient() as client:
+        url = f"http://127.0.0.1:{port}/metrics"
+        assert 'baton_transport_info{transport="tcp"} 1.0' in (await client.get(url)).text
+        with pytest.raises(
+            ConfigError, match=f"cannot serve metrics on 127.0.0.1:{port}: Address already in use"
+        ):
+            async with serve_metrics("127.0.0.1", port, registry):
+                pass
+    async with httpx.AsyncClient() as client:
+        with pytest.raises(httpx.ConnectError):
+            await client.get(url)
