@@ -186,7 +186,7 @@ class CancelResult:
 
 @dataclass(frozen=True, slots=True)
 class StatusCall:
-    pass
+    blocks: bool = False  # Watch: send claims too, not only the record
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from baton.kv.block import BlockHash
+from baton.kv.block import BlockHash, num_blocks_for
 from baton.kv.layout import BlockStorage
 from baton.request import BlockId, FinishReason, Request, RequestId, SamplingParams
 
@@ -40,7 +40,9 @@ class Sequence:
     block_table: list[BlockId] = field(default_factory=list)
     block_hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks known so far
     finish_reason: FinishReason | None = None
-    in_flight: bool = False  # part of the step that runs now: its blocks must not be given back before it ends
+    in_flight: bool = (
+        False  # part of the step that runs now: its blocks must not be given back before it ends
+    )
     abort_requested: bool = False
     arrival_s: float = 0.0
     admitted_s: float = 0.0
@@ -56,6 +58,10 @@ class Sequence:
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    def prompt_blocks(self, block_size: int) -> list[BlockId]:
+        """Where the prompt's KV lies; the last block may be partly filled."""
+        return self.block_table[: num_blocks_for(self.request.num_prompt_tokens, block_size)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +103,9 @@ class ModelRunner(Protocol):
         ...
 
     async def execute(self, batch: Batch) -> tuple[int, ...]:
-        """One token per row with `sample`, in row order. Must not be abandoned half-way: when the awaiting task is
-        cancelled it still waits for the device, because the step writes to the pool."""
+        """One token per row with `sample`, in row order; -1 where the logits are NaN: that request fails, the others
+        go on. Must not be abandoned half-way: when the awaiting task is cancelled it still waits for the device,
+        because the step writes to the pool."""
         ...
 
     async def aclose(self) -> None: ...
@@ -113,6 +120,7 @@ class SequenceOutput:
     first_index: int
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    error: str = ""  # why, where finish_reason is ERROR
 
 
 @dataclass(frozen=True, slots=True)

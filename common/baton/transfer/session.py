@@ -134,6 +134,10 @@ class HandOver:
             raise TransferRefused("a piece after the last one")
         if header.is_last and header.first_token < 0:
             raise TransferRefused("the last piece carries no first token")
+        if header.is_last and (
+            header.sequence != header.num_pieces - 1 or max(self._taken, default=-1) >= header.num_pieces
+        ):
+            raise TransferRefused(f"piece {header.sequence} says it is the last of {header.num_pieces}")
 
     def _claim(self, header: PieceHeader) -> None:
         bits = (1 << header.layer_end) - (1 << header.layer_start)
@@ -145,7 +149,9 @@ class HandOver:
 
     def _finish(self, now_s: float) -> None:
         everything = (1 << self.layout.num_layers) - 1
-        missing = [i for i in range(self.first_block, len(self.block_ids)) if self._filled.get(i) != everything]
+        missing = [
+            i for i in range(self.first_block, len(self.block_ids)) if self._filled.get(i) != everything
+        ]
         if missing:
             self.end(State.FAILED, f"all pieces came, but {len(missing)} blocks are incomplete")
             return

@@ -1,0 +1,157 @@
+"""The Prefill service: compute a prompt, hand its KV over, answer with the first token.
+
+    Prefill called --> engine.add(prefill_only) --> each step: Push.computed --> first token: Push.finish
+                                                                                      |
+          answer to the router <------------------------------------------------------+
+          the push goes on in the background; when it ended, however it ended, engine.abort
+
+Source blocks are kept until the receiver acknowledged them or the push failed: engine.abort (which
+keeps what is computed as cached prefix) is called for a request only after its push ended.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from baton.clock import Clock
+from baton.config import TransferConfig
+from baton.engine.batch import StepOutput
+from baton.engine.worker import Worker
+from baton.errors import BatonError, InternalError, TransferError
+from baton.events import Emit
+from baton.kv.layout import BlockStorage
+from baton.messages import PrefillCall, PrefillResult, Ticket
+from baton.request import FinishReason, RequestId
+from baton.rpc import PREFILL, Handlers
+from baton.transfer.base import Transport
+from baton_prefill.push import Connections, Push
+
+
+@dataclass(slots=True)
+class _Job:
+    push: Push
+    started_s: float
+    first_step_s: float | None = None
+    done: asyncio.Future[tuple[int, FinishReason | None]] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+
+class PrefillService:
+    """Owns the hand-overs that leave this worker. Built once per process, closed with `aclose`."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        storage: BlockStorage,
+        transport: Transport,
+        config: TransferConfig,
+        clock: Clock,
+        emit: Emit,
+    ) -> None:
+        self._worker = worker
+        self._storage = storage
+        self._transport = transport
+        self._config = config
+        self._clock = clock
+        self._emit = emit
+        self._connections = Connections(transport, config.push_timeout_s)
+        self._jobs: dict[RequestId, _Job] = {}
+        self._pushes: set[asyncio.Task[None]] = set()
+        worker.listen(self._on_step)
+
+    def handlers(self) -> Handlers:
+        return {PREFILL: self.prefill}
+
+    async def aclose(self) -> None:
+        self._worker.unlisten(self._on_step)
+        for task in tuple(self._pushes):
+            task.cancel()
+        await asyncio.gather(*self._pushes, return_exceptions=True)
+
+    async def prefill(self, call: PrefillCall) -> PrefillResult:
+        request, ticket = call.request, call.ticket
+        self._check(ticket)
+        self._worker.engine.add(request, prefill_only=True)
+        push = Push(
+            ticket,
+            request.num_prompt_tokens,
+            self._storage,
+            self._clock,
+            self._emit,
+            piece_bytes=self._config.piece_bytes,
+            timeout_s=self._config.push_timeout_s,
+        )
+        job = self._jobs[request.request_id] = _Job(push, self._clock.now())
+        pushing = asyncio.create_task(self._push(job, request.request_id))
+        self._pushes.add(pushing)
+        # A callback, not a `finally` in the task: a task cancelled before its first turn never reaches its `finally`.
+        pushing.add_done_callback(lambda task: self._forget(task, request.request_id))
+        try:
+            result = await self._first_token(job, request.request_id)
+        except BaseException:
+            pushing.cancel()
+            raise
+        if result.finish_reason is not None:
+            pushing.cancel()  # one token was all: nobody needs the KV elsewhere
+        return result
+
+    async def _first_token(self, job: _Job, request_id: RequestId) -> PrefillResult:
+        sequence = self._worker.engine.sequence(request_id)
+        token_id, finish_reason = await job.done
+        now = self._clock.now()
+        first_step_s = job.first_step_s or now
+        return PrefillResult(
+            token_id=token_id,
+            finish_reason=finish_reason,
+            num_cached_tokens=sequence.num_cached_tokens if sequence is not None else 0,
+            queue_s=first_step_s - job.started_s,
+            prefill_s=now - first_step_s,
+            load=self._worker.engine.load(),
+        )
+
+    def _check(self, ticket: Ticket) -> None:
+        record = self._worker.record
+        if ticket.transport != self._transport.name:
+            raise TransferError(
+                f"decode worker {ticket.worker_id} receives over {ticket.transport}, this prefill worker sends over "
+                f"{self._transport.name}: start both with the same --transport"
+            )
+        if ticket.fingerprint != record.fingerprint:
+            raise TransferError(
+                f"decode worker {ticket.worker_id} runs another model, dtype or block size than prefill worker "
+                f"{record.worker_id} (fingerprints {ticket.fingerprint[:12]} and {record.fingerprint[:12]})"
+            )
+
+    def _on_step(self, output: StepOutput) -> None:
+        for row in output.outputs:
+            job = self._jobs.get(row.request_id)
+            sequence = self._worker.engine.sequence(row.request_id)
+            if job is None or job.done.done():
+                continue
+            if job.first_step_s is None:
+                job.first_step_s = self._clock.now() - output.seconds
+            if row.finish_reason in (FinishReason.ERROR, FinishReason.ABORT) or sequence is None:
+                job.done.set_exception(
+                    InternalError(f"prefill of {row.request_id} failed: {row.finish_reason}")
+                )
+            elif row.token_ids:
+                job.push.finish(row.token_ids[0], sequence.block_table)
+                job.done.set_result((row.token_ids[0], row.finish_reason))
+            else:
+                job.push.computed(row.num_computed_tokens, sequence.block_table)
+
+    async def _push(self, job: _Job, request_id: RequestId) -> None:
+        try:
+            result = await job.push.run(self._connections)
+            self._emit("push.done", request=request_id, blocks=result.num_blocks, pieces=result.num_pieces)
+        except BatonError as error:
+            self._emit("push.failed", request=request_id, why=error.message)
+            if not job.done.done():
+                job.done.set_exception(error)
+
+    def _forget(self, pushing: asyncio.Task[None], request_id: RequestId) -> None:
+        """The push ended, so no transport reads the blocks any more: the engine may have them back."""
+        self._pushes.discard(pushing)
+        del self._jobs[request_id]
+        self._worker.engine.abort(request_id)
+        self._worker.admit()

@@ -1,0 +1,142 @@
+"""All links of one router, kept equal to what the mirror knows of the workers."""
+
+import asyncio
+from collections.abc import Sequence
+
+from baton.clock import Clock
+from baton.config import RouterConfig
+from baton.errors import BatonError
+from baton.events import Emit
+from baton.index.base import BlocksChanged, PrefixIndex, WorkerJoined, WorkerLeft
+from baton.kv.block import BlockHash
+from baton.messages import Role, StatusCall, WorkerRecord, WorkerStatus
+from baton.request import WorkerId
+from baton.rpc import STATUS_WATCH, Rpc
+from baton_router.mirror import PrefixMirror
+from baton_router.placement import can_pair
+from baton_router.workers import RECONNECT_S, Link
+
+
+class Fleet:
+    """Owns the links. Workers are found through the index, and at the addresses it was given."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        rpc: Rpc,
+        mirror: PrefixMirror,
+        index: PrefixIndex | None,
+        clock: Clock,
+        emit: Emit,
+    ) -> None:
+        self.mirror = mirror
+        self._config = config
+        self._rpc = rpc
+        self._index = index
+        self._clock = clock
+        self._emit = emit
+        self._links: dict[WorkerId, tuple[Link, asyncio.Task[None]]] = {}
+        self._tasks: asyncio.TaskGroup | None = (
+            None  # while `run` runs; a link's own bug ends the router loudly
+        )
+
+    def ready(self) -> list[Link]:
+        """Links that can take a request now, in the order of their ids."""
+        links = sorted(self._links.items())
+        return [link for _, (link, _) in links if link.up and not link.record.draining]
+
+    def link(self, worker_id: WorkerId) -> Link:
+        return self._links[worker_id][0]
+
+    def records(self) -> list[WorkerRecord]:
+        return [link.record for _, (link, _) in sorted(self._links.items())]
+
+    def pairs(self) -> list[tuple[WorkerRecord, WorkerRecord]]:
+        """(prefill, decode) pairs that could carry a request now."""
+        records = [link.record for link in self.ready()]
+        prefills = [record for record in records if Role.PREFILL in record.roles]
+        decodes = [record for record in records if Role.DECODE in record.roles]
+        return [(p, d) for p in prefills for d in decodes if can_pair(p, d)]
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                if self._index is not None:
+                    tasks.create_task(self.mirror.run(self._index))
+                for address in self._config.workers:
+                    tasks.create_task(self._follow(address))
+                tasks.create_task(self._reconcile_loop())
+        finally:
+            await self._drop(tuple(self._links))
+
+    # --- finding workers ---
+
+    async def _reconcile_loop(self) -> None:
+        while True:
+            records = {record.worker_id: record for record in self.mirror.records()}
+            await self._drop(
+                [w for w, (link, _) in self._links.items() if not _same_process(link.record, records.get(w))]
+            )
+            for worker_id, record in records.items():
+                if worker_id not in self._links:
+                    self._add(record)
+            await self.mirror.wait_for(self._out_of_step, timeout_s=None)
+
+    def _out_of_step(self) -> bool:
+        records = {record.worker_id: record for record in self.mirror.records()}
+        links = {worker_id: link.record for worker_id, (link, _) in self._links.items()}
+        return records.keys() != links.keys() or any(
+            not _same_process(record, records[worker_id]) for worker_id, record in links.items()
+        )
+
+    async def _follow(self, address: str) -> None:
+        """A worker at a configured address tells its claims itself: how a fleet works without an index."""
+        channel = self._rpc.connect(address)
+        while True:
+            record: WorkerRecord | None = None
+            stream = channel.server_stream(STATUS_WATCH, StatusCall(blocks=True), timeout_s=None)
+            try:
+                while True:
+                    async with self._clock.timeout(self._config.session_timeout_s):
+                        status = await anext(stream)
+                    record = status.record
+                    self._tell_mirror(status)
+            except (StopAsyncIteration, TimeoutError, BatonError):
+                pass
+            finally:
+                await stream.aclose()
+            if record is not None:
+                self.mirror.apply(WorkerLeft(record.worker_id, record.incarnation))
+            await self._clock.sleep(RECONNECT_S)
+
+    def _tell_mirror(self, status: WorkerStatus) -> None:
+        record = status.record
+        self.mirror.apply(WorkerJoined(record))
+        if status.snapshot or status.added or status.removed:
+            added = tuple(BlockHash(claim) for claim in status.added)
+            removed = tuple(BlockHash(claim) for claim in status.removed)
+            self.mirror.apply(
+                BlocksChanged(record.worker_id, record.incarnation, added, removed, status.snapshot)
+            )
+
+    # --- links ---
+
+    def _add(self, record: WorkerRecord) -> None:
+        link = Link(record, self._rpc, self._clock, self._emit, self._config.session_timeout_s)
+        assert self._tasks is not None
+        self._links[record.worker_id] = (link, self._tasks.create_task(link.run()))
+        self._emit("worker.joined", worker=record.worker_id, roles=list(record.roles))
+
+    async def _drop(self, worker_ids: Sequence[WorkerId]) -> None:
+        for worker_id in worker_ids:
+            link, running = self._links.pop(worker_id)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await link.aclose()
+            self._emit("worker.left", worker=worker_id)
+
+
+def _same_process(known: WorkerRecord, told: WorkerRecord | None) -> bool:
+    return told is not None and told.incarnation == known.incarnation

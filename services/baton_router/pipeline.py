@@ -1,0 +1,250 @@
+"""The life of one request in the router.
+
+1 admit            a slot, or 429
+2 place            a pair (prefill worker, decode worker), or a decode worker alone
+3 submit           decode worker reserves blocks and answers with a ticket
+4 prefill          prefill worker computes, pushes KV to the ticket's address, answers with the first token
+5 stream           first token, then the decode worker's Step messages, straight into the request's stream
+6 end              finish, error, deadline, cancel or disconnect: one path, which cancels the attempt on the decode
+                   worker and the call on the prefill worker if they have not ended by themselves
+"""
+
+import asyncio
+import random
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+from baton.clock import Clock
+from baton.config import RouterConfig
+from baton.errors import (
+    BatonError,
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    Overloaded,
+    Unavailable,
+)
+from baton.events import Emit
+from baton.kv.block import BlockHash, block_hashes, root_hash
+from baton.messages import PrefillCall, Role, Ticket
+from baton.request import Request, WorkerId
+from baton_router.admission import Admission
+from baton_router.fleet import Fleet
+from baton_router.generation import Record, Tokens, TokenStream
+from baton_router.placement import Candidate, Placement, place
+from baton_router.workers import Attempt, Link
+
+MAX_RECORDS = 512
+
+T = TypeVar("T")
+
+
+class Pipeline:
+    """Implements `generation.Generator`. Owns the requests in flight and the records of recent ones."""
+
+    def __init__(
+        self, config: RouterConfig, fleet: Fleet, clock: Clock, rng: random.Random, emit: Emit
+    ) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._clock = clock
+        self._rng = rng
+        self._emit = emit
+        self.admission = Admission(config.max_num_requests)
+        self._streams: dict[str, TokenStream] = {}
+        self._records: OrderedDict[str, Record] = OrderedDict()
+
+    # --- what the front doors call ---
+
+    async def generate(self, request: Request, *, timeout_s: float) -> AsyncGenerator[list[Tokens], None]:
+        if request.request_id in self._streams:
+            raise InternalError(f"request id {request.request_id} is in use")
+        with self.admission.slot():
+            record = self._new_record(request)
+            stream = self._streams[request.request_id] = TokenStream()
+            serving = asyncio.create_task(self._serve(request, record, stream, timeout_s))
+            try:
+                while tokens := await stream.take():
+                    self._count(record, tokens)
+                    yield tokens
+            finally:
+                serving.cancel()
+                await asyncio.gather(serving, return_exceptions=True)
+                del self._streams[request.request_id]
+                self._close_record(record)
+
+    def cancel(self, request_id: str) -> bool:
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.fail(Cancelled(f"request {request_id} was cancelled"))
+        return stream is not None
+
+    def record(self, request_id: str) -> Record | None:
+        return self._records.get(request_id)
+
+    # --- one request ---
+
+    async def _serve(self, request: Request, record: Record, stream: TokenStream, timeout_s: float) -> None:
+        try:
+            async with self._clock.timeout(timeout_s):
+                prefill, decode = self._place(request, record)
+                if prefill is None:
+                    await self._run_alone(request, record, stream, decode, timeout_s)
+                else:
+                    await self._run_pair(request, record, stream, prefill, decode, timeout_s)
+            stream.end()
+        except TimeoutError:
+            self._fail(record, stream, DeadlineExceeded(f"not finished within {timeout_s:g} s"))
+        except BatonError as error:
+            self._fail(record, stream, error)
+        except Exception as error:
+            self._fail(record, stream, InternalError(f"{type(error).__name__}: {error}"))
+            raise
+
+    def _fail(self, record: Record, stream: TokenStream, error: BatonError) -> None:
+        record.error = f"{error.code}: {error.message}"
+        stream.fail(error)
+
+    async def _run_pair(
+        self,
+        request: Request,
+        record: Record,
+        stream: TokenStream,
+        prefill: Link,
+        decode: Link,
+        timeout_s: float,
+    ) -> None:
+        session = decode.session
+        attempt = session.submit(request, stream, epoch=1, remote_prefill=True, deadline_s=timeout_s)
+        try:
+            ticket = await self._ticket(attempt)
+            record.ticket_s = self._clock.now()
+            record.transport = ticket.transport
+            record.num_cached_tokens_decode = ticket.num_cached_tokens
+            call = PrefillCall(request, ticket, min(timeout_s, self._config.prefill_timeout_s))
+            result = await _while_alive(attempt, prefill.prefill(call, call.deadline_s))
+            record.num_cached_tokens_prefill = result.num_cached_tokens
+            stream.push(Tokens(0, (result.token_id,), result.finish_reason))
+            if result.finish_reason is not None:
+                return
+            prefill.depend(attempt)
+            attempt.received.add_done_callback(lambda _: self._note_transfer(record, attempt))
+            attempt.start_stream()
+            await attempt.finished
+        finally:
+            session.cancel(attempt)
+
+    async def _run_alone(
+        self, request: Request, record: Record, stream: TokenStream, decode: Link, timeout_s: float
+    ) -> None:
+        session = decode.session
+        attempt = session.submit(request, stream, epoch=1, remote_prefill=False, deadline_s=timeout_s)
+        attempt.start_stream()
+        try:
+            await attempt.finished
+        finally:
+            session.cancel(attempt)
+
+    def _place(self, request: Request, record: Record) -> tuple[Link | None, Link]:
+        """Raises Unavailable when nobody could serve it."""
+        links = self._fleet.ready()
+        decodes = [link for link in links if Role.DECODE in link.record.roles]
+        prefills = [link for link in links if Role.PREFILL in link.record.roles]
+        if not decodes:
+            raise Unavailable("no decode worker is ready", retry_after_s=1.0)
+        held = self._held_blocks(request, decodes + prefills)
+        placement = place(
+            request.num_prompt_tokens,
+            request.sampling.max_tokens,
+            [_candidate(link, held) for link in prefills],
+            [_candidate(link, held) for link in decodes],
+            self._rng,
+        )
+        if placement is None:
+            raise InternalError("placement found no decode worker among the ready ones")
+        return self._note_placement(record, placement)
+
+    def _note_placement(self, record: Record, placement: Placement) -> tuple[Link | None, Link]:
+        record.placed_s = self._clock.now()
+        record.prefill_worker, record.decode_worker = placement.prefill, placement.decode
+        self._emit(
+            "request.placed", request=record.request_id, prefill=placement.prefill, decode=placement.decode
+        )
+        prefill = self._fleet.link(placement.prefill) if placement.prefill is not None else None
+        return prefill, self._fleet.link(placement.decode)
+
+    def _held_blocks(self, request: Request, links: list[Link]) -> dict[WorkerId, int]:
+        """Leading blocks of the prompt that each worker is said to hold. Workers of another fingerprint hash to other
+        names, so each kind is looked up by its own."""
+        held: dict[WorkerId, int] = {}
+        chains: dict[tuple[str, int], dict[WorkerId, int]] = {}
+        for link in links:
+            kind = (link.record.fingerprint, link.record.block_size)
+            if kind not in chains:
+                root = root_hash(*kind, request.cache_salt)
+                hashes: list[BlockHash] = block_hashes(root, request.prompt_token_ids, link.record.block_size)
+                chains[kind] = self._fleet.mirror.match(hashes)
+            held[link.record.worker_id] = chains[kind].get(link.record.worker_id, 0)
+        return held
+
+    async def _ticket(self, attempt: Attempt) -> Ticket:
+        try:
+            async with self._clock.timeout(self._config.reserve_timeout_s):
+                return await attempt.ticket
+        except TimeoutError:
+            raise Overloaded(
+                f"no decode worker had room within {self._config.reserve_timeout_s:g} s",
+                retry_after_s=self._config.reserve_timeout_s,
+            ) from None
+
+    # --- records ---
+
+    def _new_record(self, request: Request) -> Record:
+        record = Record(request.request_id, request.num_prompt_tokens, self._clock.now())
+        self._records[request.request_id] = record
+        if len(self._records) > MAX_RECORDS:
+            self._records.popitem(last=False)
+        return record
+
+    def _count(self, record: Record, batch: list[Tokens]) -> None:
+        if record.first_token_s is None:
+            record.first_token_s = self._clock.now()
+        record.num_output_tokens += sum(len(tokens.token_ids) for tokens in batch)
+        if batch[-1].finish_reason is not None:
+            record.finish_reason = batch[-1].finish_reason.value
+
+    def _note_transfer(self, record: Record, attempt: Attempt) -> None:
+        if attempt.received.cancelled() or attempt.received.exception() is not None:
+            return
+        received = attempt.received.result()
+        record.num_blocks_transferred = received.num_blocks
+        record.num_bytes_transferred = received.num_bytes
+        record.transfer_s = received.seconds
+
+    def _close_record(self, record: Record) -> None:
+        record.finished_s = self._clock.now()
+        self._emit(
+            "request.ended",
+            request=record.request_id,
+            tokens=record.num_output_tokens,
+            reason=record.finish_reason,
+            error=record.error,
+        )
+
+
+def _candidate(link: Link, held: dict[WorkerId, int]) -> Candidate:
+    return Candidate(link.record, held.get(link.record.worker_id, 0), link.num_dispatched_tokens)
+
+
+async def _while_alive(attempt: Attempt, call: Coroutine[Any, Any, T]) -> T:
+    """The call's result, unless the attempt fails first: then its error, and the call is cancelled."""
+    task = asyncio.create_task(call)
+    try:
+        await asyncio.wait((task, attempt.finished), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            attempt.finished.result()
+        return await task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,126 @@
+"""Where a request goes: a pure decision over what is known of the workers. No I/O, no clock.
+
+Every candidate pair (p, d) of a prefill and a decode worker gets a predicted cost in seconds and the cheapest wins:
+
+    cost = queue_p + prefill(uncached on p) + transfer(not held by d) + wait_d
+         + E[out] * max(0, step_d - fastest step) + PRESSURE_S * k_d / (1 - k_d)
+
+with k_d the KV use of d after admission. Rates are the workers' own measurements; until a worker has measured one, the
+median of the others stands in, or a constant where nobody has. Among pairs within 5 % of the best one is drawn, so
+that routers with equal views do not all choose the same.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from baton.kv.block import num_blocks_for
+from baton.messages import WorkerRecord
+from baton.request import WorkerId
+
+PRESSURE_S = 0.15  # cost of a half-full pool; smg's least_load uses the same barrier and weight
+NEAR_BEST = 1.05
+FALLBACK_PREFILL_TOKENS_PER_S = 2000.0
+FALLBACK_STEP_S = 0.02
+FALLBACK_TRANSFER_BYTES_PER_S = 1e9
+EXPECTED_OUTPUT_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One worker as the router sees it now."""
+
+    record: WorkerRecord
+    num_held_blocks: int = 0  # leading blocks of this prompt that it is said to hold
+    num_dispatched_tokens: int = 0  # sent by this router since the worker's last report
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """`prefill` is None when the decode worker computes the prompt itself."""
+
+    prefill: WorkerId | None
+    decode: WorkerId
+    predicted_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Rates:
+    prefill_tokens_per_s: float
+    step_s: float
+    transfer_bytes_per_s: float
+
+
+def place(
+    num_prompt_tokens: int,
+    max_tokens: int,
+    prefills: Sequence[Candidate],
+    decodes: Sequence[Candidate],
+    rng: random.Random,
+) -> Placement | None:
+    """None when there is no decode worker. A pair needs equal fingerprints and a transport in common; when there is
+    no such pair, a decode worker serves alone."""
+    rates = _typical_rates([*prefills, *decodes])
+    num_output_tokens = min(max_tokens, EXPECTED_OUTPUT_TOKENS)
+    options: list[Placement] = []
+    for decode in decodes:
+        wait_s = _decode_cost(decode, num_prompt_tokens, num_output_tokens, rates)
+        for prefill in prefills:
+            if can_pair(prefill.record, decode.record):
+                cost = wait_s + _prefill_cost(prefill, decode, num_prompt_tokens, rates)
+                options.append(Placement(prefill.record.worker_id, decode.record.worker_id, cost))
+    if not options:
+        for decode in decodes:
+            cost = _decode_cost(decode, num_prompt_tokens, num_output_tokens, rates)
+            cost += _compute_s(decode, num_prompt_tokens, rates)
+            options.append(Placement(None, decode.record.worker_id, cost))
+    if not options:
+        return None
+    best = min(option.predicted_s for option in options)
+    return rng.choice([option for option in options if option.predicted_s <= best * NEAR_BEST])
+
+
+def can_pair(prefill: WorkerRecord, decode: WorkerRecord) -> bool:
+    return (
+        prefill.fingerprint == decode.fingerprint
+        and prefill.block_size == decode.block_size
+        and not set(prefill.transports).isdisjoint(decode.transports)
+    )
+
+
+def _prefill_cost(prefill: Candidate, decode: Candidate, num_prompt_tokens: int, rates: _Rates) -> float:
+    block_size = prefill.record.block_size
+    num_to_send = max(0, num_blocks_for(num_prompt_tokens, block_size) - decode.num_held_blocks)
+    wire = prefill.record.load.transfer_bytes_per_s or rates.transfer_bytes_per_s
+    return _compute_s(prefill, num_prompt_tokens, rates) + num_to_send * prefill.record.kv_block_bytes / wire
+
+
+def _compute_s(worker: Candidate, num_prompt_tokens: int, rates: _Rates) -> float:
+    record = worker.record
+    queued = max(record.load.num_waiting_tokens, worker.num_dispatched_tokens)
+    uncached = max(1, num_prompt_tokens - worker.num_held_blocks * record.block_size)
+    return (queued + uncached) / (record.load.prefill_tokens_per_s or rates.prefill_tokens_per_s)
+
+
+def _decode_cost(decode: Candidate, num_prompt_tokens: int, num_output_tokens: int, rates: _Rates) -> float:
+    record, load = decode.record, decode.record.load
+    step_s = load.decode_step_s or rates.step_s
+    needed = num_blocks_for(num_prompt_tokens + num_output_tokens, record.block_size) - decode.num_held_blocks
+    num_used = record.num_blocks - load.num_free_blocks + max(0, needed)
+    use = min(num_used / max(1, record.num_blocks), 0.999)
+    wait_s = load.num_waiting * step_s
+    return wait_s + num_output_tokens * max(0.0, step_s - rates.step_s) + PRESSURE_S * use / (1 - use)
+
+
+def _typical_rates(workers: Sequence[Candidate]) -> _Rates:
+    """Prefill and wire: the median of what was measured; step: the fastest, as the base that others are held against."""
+    loads = [worker.record.load for worker in workers]
+    prefill = [load.prefill_tokens_per_s for load in loads if load.prefill_tokens_per_s]
+    step = [load.decode_step_s for load in loads if load.decode_step_s]
+    wire = [load.transfer_bytes_per_s for load in loads if load.transfer_bytes_per_s]
+    return _Rates(
+        median(prefill) if prefill else FALLBACK_PREFILL_TOKENS_PER_S,
+        min(step) if step else FALLBACK_STEP_S,
+        median(wire) if wire else FALLBACK_TRANSFER_BYTES_PER_S,
+    )

@@ -1,0 +1,91 @@
+"""Placement is a pure function: each term of the cost decides when nothing else differs."""
+
+import random
+from dataclasses import replace
+
+from baton.messages import Load, Role, WorkerRecord
+from baton.request import WorkerId
+from baton_router.placement import Candidate, Placement, place
+
+LOAD = Load(num_free_blocks=1000, prefill_tokens_per_s=1000, decode_step_s=0.02, transfer_bytes_per_s=1e9)
+
+
+def worker(name: str, role: Role, **changes: object) -> Candidate:
+    record = WorkerRecord(
+        worker_id=WorkerId(name),
+        incarnation="1",
+        roles=(role,),
+        address=name,
+        transports=("tcp",),
+        model="m",
+        fingerprint="f",
+        block_size=16,
+        num_blocks=1000,
+        max_model_len=4096,
+        kv_block_bytes=1 << 20,
+        load=LOAD,
+    )
+    candidate = {k: v for k, v in changes.items() if k in ("num_held_blocks", "num_dispatched_tokens")}
+    load = {k: v for k, v in changes.items() if hasattr(LOAD, k)}
+    rest = {k: v for k, v in changes.items() if k not in candidate and k not in load}
+    return Candidate(replace(record, load=replace(LOAD, **load), **rest), **candidate)  # type: ignore[arg-type]
+
+
+def prefill(name: str, **changes: object) -> Candidate:
+    return worker(name, Role.PREFILL, **changes)
+
+
+def decode(name: str, **changes: object) -> Candidate:
+    return worker(name, Role.DECODE, **changes)
+
+
+def choice(prefills: list[Candidate], decodes: list[Candidate], tokens: int = 640) -> Placement:
+    found = place(tokens, 64, prefills, decodes, random.Random(0))
+    assert found is not None
+    return found
+
+
+def test_without_a_decode_worker_there_is_no_placement() -> None:
+    assert place(10, 10, [prefill("p")], [], random.Random(0)) is None
+
+
+def test_without_a_prefill_worker_the_decode_worker_serves_alone() -> None:
+    assert choice([], [decode("d")]).prefill is None
+
+
+def test_the_owner_of_the_prefix_computes_it() -> None:
+    assert choice([prefill("p1"), prefill("p2", num_held_blocks=30)], [decode("d")]).prefill == "p2"
+
+
+def test_a_long_queue_outweighs_a_prefix() -> None:
+    busy_owner = prefill("p2", num_held_blocks=30, num_waiting_tokens=5000)
+    assert choice([prefill("p1"), busy_owner], [decode("d")]).prefill == "p1"
+
+
+def test_what_this_router_sent_since_the_last_report_counts() -> None:
+    assert choice([prefill("p1", num_dispatched_tokens=5000), prefill("p2")], [decode("d")]).prefill == "p2"
+
+
+def test_blocks_the_decode_worker_holds_need_no_wire() -> None:
+    slow_wire = prefill("p", transfer_bytes_per_s=1e7)
+    assert choice([slow_wire], [decode("d1"), decode("d2", num_held_blocks=40)]).decode == "d2"
+
+
+def test_a_full_pool_and_a_slow_step_repel() -> None:
+    assert choice([prefill("p")], [decode("d1", num_free_blocks=60), decode("d2")]).decode == "d2"
+    assert choice([prefill("p")], [decode("d1", decode_step_s=0.05), decode("d2")]).decode == "d2"
+
+
+def test_a_pair_needs_equal_fingerprint_and_a_common_transport() -> None:
+    other_model = prefill("p1", fingerprint="g", num_held_blocks=40)
+    other_wire = prefill("p2", transports=("ucx",), num_held_blocks=40)
+    assert choice([other_model, other_wire, prefill("p3")], [decode("d")]).prefill == "p3"
+    assert choice([other_model, other_wire], [decode("d")]).prefill is None
+
+
+def test_unmeasured_workers_are_tried_and_equals_are_shared() -> None:
+    new = Load(num_free_blocks=1000)
+    prefills = [prefill(f"p{i}") for i in range(3)] + [Candidate(replace(prefill("p3").record, load=new))]
+    rng = random.Random(1)
+    chosen = {place(640, 64, prefills, [decode("d")], rng).prefill for _ in range(200)}  # type: ignore[union-attr]
+    assert chosen == {"p0", "p1", "p2", "p3"}

@@ -1,0 +1,205 @@
+"""The hand-over's state machine: every edge, and its invariants under arbitrary sequences of events."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baton.errors import TransferError, TransferRefused
+from baton.kv.layout import KVLayout, LayerLayout
+from baton.request import BlockId, RequestId
+from baton.transfer.session import ENDINGS, TRANSITIONS, HandOver, State
+from baton.transfer.wire import PieceHeader
+
+LAYOUT = KVLayout(16, (LayerLayout(2, 8, 8),) * 3, "float32", 4)
+LEASE_S = 10.0
+
+
+def hand_over(num_blocks: int = 4, first_block: int = 0) -> HandOver:
+    ids = [BlockId(100 + i) for i in range(num_blocks)]
+    return HandOver(RequestId("r"), 7, LAYOUT, ids, first_block, LEASE_S, lease_end_s=LEASE_S)
+
+
+def piece(
+    sequence: int, start: int, num: int, *, layers: tuple[int, int] = (0, 3), last: int = 0, **other: int
+) -> PieceHeader:
+    fields = {
+        "epoch": 7,
+        "num_bytes": num * LAYOUT.group_bytes(*layers),
+        "num_pieces": last,
+        "first_token": 5 if last else -1,
+        **other,
+    }
+    return PieceHeader(
+        RequestId("r"), sequence=sequence, layer_start=layers[0], layer_end=layers[1],
+        block_start=start, num_blocks=num, **fields,
+    )  # fmt: skip
+
+
+def deliver(h: HandOver, *pieces: PieceHeader) -> None:
+    for p in pieces:
+        h.open(p, 1.0)
+        h.close(p, None, 2.0)
+
+
+def test_the_straight_way_ends_live() -> None:
+    h = hand_over()
+    assert h.open(piece(0, 0, 3), 1.0) == [100, 101, 102]
+    assert h.state is State.RECEIVING
+    h.close(piece(0, 0, 3), None, 2.0)
+    deliver(h, piece(1, 3, 1, last=2))
+    assert h.state is State.VERIFIED
+    assert h.first_token == 5
+    h.go_live()
+    assert h.state is State.LIVE
+
+
+def test_layer_groups_of_one_block_may_come_apart_and_out_of_order() -> None:
+    h = hand_over(num_blocks=2)
+    deliver(h, piece(1, 0, 2, layers=(1, 3)), piece(2, 0, 0, last=3))
+    assert h.state is State.RECEIVING
+    deliver(h, piece(0, 0, 2, layers=(0, 1)))
+    assert h.state is State.VERIFIED
+
+
+def test_an_empty_last_piece_is_enough_when_everything_is_held_already() -> None:
+    h = hand_over(num_blocks=2, first_block=2)
+    deliver(h, piece(0, 2, 0, last=1))
+    assert h.state is State.VERIFIED
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        (piece(0, 0, 1, epoch=6), "epoch"),
+        (piece(0, 2, 5), "reserved"),
+        (piece(0, 2, 1, num_bytes=1), "bytes"),
+        (piece(0, 1, 1), "held already"),
+        (piece(0, 2, 1, last=1, first_token=-1), "first token"),
+        (piece(0, 2, 1, last=3), "last of 3"),
+    ],
+)
+def test_a_piece_that_does_not_fit_is_refused_and_changes_nothing(bad: PieceHeader, why: str) -> None:
+    h = hand_over(first_block=2)
+    with pytest.raises(TransferRefused, match=why):
+        h.open(bad, 1.0)
+    assert h.state is State.RESERVED
+    assert h.num_open == 0
+
+
+def test_layers_that_do_not_exist_are_refused() -> None:
+    header = PieceHeader(RequestId("r"), 7, 0, 1, 9, 0, 1, 0)
+    with pytest.raises(TransferRefused, match="layers"):
+        hand_over().open(header, 1.0)
+
+
+def test_a_duplicate_and_a_second_claim_on_the_same_place_are_refused() -> None:
+    h = hand_over()
+    deliver(h, piece(0, 0, 2))
+    with pytest.raises(TransferRefused, match="twice"):
+        h.open(piece(0, 2, 1), 1.0)
+    with pytest.raises(TransferRefused, match="claim"):
+        h.open(piece(1, 1, 1), 1.0)
+
+
+def test_all_pieces_but_a_missing_block_fails() -> None:
+    h = hand_over()
+    deliver(h, piece(0, 0, 3, last=1))
+    assert h.ending is State.FAILED
+    assert "1 blocks are incomplete" in h.reason
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_ending_drains_before_it_is_free(ending: State) -> None:
+    h = hand_over()
+    h.open(piece(0, 0, 2), 1.0)
+    h.open(piece(1, 2, 2), 1.0)
+    h.end(ending, "because")
+    assert h.state is State.DRAINING
+    with pytest.raises(TransferRefused):
+        h.open(piece(2, 0, 0, last=3), 1.0)
+    h.close(piece(0, 0, 2), None, 2.0)
+    assert h.state is State.DRAINING
+    h.close(piece(1, 2, 2), TransferError("peer died"), 2.0)
+    assert h.state is State.FREE
+    assert h.ending is ending
+
+
+def test_the_first_ending_counts() -> None:
+    h = hand_over()
+    h.end(State.CANCELLED, "client")
+    h.end(State.FAILED, "later")
+    assert (h.ending, h.reason, h.state) == (State.CANCELLED, "client", State.FREE)
+
+
+def test_each_piece_renews_the_lease_and_silence_ends_it() -> None:
+    h = hand_over()
+    assert not h.expire(LEASE_S - 0.1)
+    h.open(piece(0, 0, 1), 9.0)
+    assert not h.expire(LEASE_S + 1)
+    assert h.expire(9.0 + LEASE_S)
+    assert h.state is State.DRAINING  # the piece is still open
+    assert h.ending is State.EXPIRED
+
+
+def test_a_verified_hand_over_does_not_expire() -> None:
+    h = hand_over(num_blocks=1)
+    deliver(h, piece(0, 0, 1, last=1))
+    assert not h.expire(1e9)
+
+
+def test_the_transition_table_reaches_every_state_and_ends_free() -> None:
+    seen, todo = set(), [State.RESERVED]
+    while todo:
+        state = todo.pop()
+        if state not in seen:
+            seen.add(state)
+            todo.extend(TRANSITIONS[state])
+    assert seen == set(State)
+    assert [state for state in State if not TRANSITIONS[state]] == [State.FREE]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_no_history_frees_blocks_while_a_write_may_land(seed: int) -> None:
+    """Random pieces (right, wrong, twice), closes, endings and lease checks, in random order."""
+    rng = random.Random(seed)
+    h = hand_over(num_blocks=rng.randint(1, 6), first_block=rng.randint(0, 1))
+    opened: list[PieceHeader] = []
+    now = 0.0
+    for _ in range(40):
+        now += rng.expovariate(1.0)
+        match rng.randrange(5):
+            case 0 | 1:
+                start, num = rng.randrange(7), rng.randrange(4)
+                last = rng.choice([0, 0, rng.randint(1, 4)])
+                layers = rng.choice([(0, 3), (0, 1), (1, 3)])
+                p = piece(
+                    rng.randrange(6), start, num, layers=layers, last=last, epoch=rng.choice([7, 7, 7, 6])
+                )
+                try:
+                    blocks = h.open(p, now)
+                except TransferRefused:
+                    continue
+                assert len(blocks) == num
+                assert h.state is State.RECEIVING
+                opened.append(p)
+            case 2 if opened:
+                p = opened.pop(rng.randrange(len(opened)))
+                h.close(p, TransferError("x") if rng.random() < 0.2 else None, now)
+            case 3 if rng.random() < 0.2:
+                h.end(rng.choice(ENDINGS), "test")
+            case 4:
+                h.expire(now)
+        assert h.num_open == len(opened)
+        if h.state is State.FREE:
+            assert not opened
+        if h.state is State.VERIFIED:
+            assert not opened
+            assert h.num_blocks_received == len(h.block_ids) - h.first_block
+    h.end(State.CANCELLED, "end of test")
+    while opened:
+        assert h.state is not State.FREE
+        h.close(opened.pop(), None, now)
+    assert h.state is State.FREE
