@@ -1,0 +1,224 @@
+"""Incremental text equals the full decode, and stop strings end it where they should."""
+
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from baton.engine.detokenizer import REPLACEMENT, Delta, StopStrings, TextStream, TokenText
+from baton.request import FinishReason
+
+WORDS = "the river lamp oslo größe 東京 hello world don't naïve 👍🏽 a , . ! 12 '".split()
+CORPUS = [" ".join(random.Random(i).choices(WORDS, k=30)) for i in range(60)]
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+NUM_SEQUENCES = 2000
+
+
+def _add_special(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.add_special_tokens(["<eos>", "<|user|>"])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("é x", normalized=False)])
+    return tokenizer
+
+
+def byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
+    return _add_special(tokenizer)
+
+
+def _sentence_piece(decoder: decoders.Decoder) -> Tokenizer:
+    pieces = ["<unk>", "", *BYTE_TOKENS, "▁", "▁▁", "▁▁▁▁"]
+    pieces += [prefix + word for word in WORDS for prefix in ("▁", "")]
+    tokenizer = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, [], byte_fallback=True)
+    )
+    tokenizer.decoder = decoder
+    return _add_special(tokenizer)
+
+
+def llama_2() -> Tokenizer:
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    return _sentence_piece(decoders.Sequence(steps))
+
+
+def gemma() -> Tokenizer:
+    return _sentence_piece(
+        decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    )
+
+
+def metaspace() -> Tokenizer:
+    return _sentence_piece(decoders.Metaspace(replacement="▁", prepend_scheme="always"))
+
+
+def word_piece() -> Tokenizer:
+    pieces = ["[UNK]", *WORDS, *("##" + word for word in WORDS), "n't", "'s", "do not"]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece()
+    return _add_special(tokenizer)
+
+
+def word_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    return _add_special(tokenizer)
+
+
+def gpt_1() -> Tokenizer:
+    pieces = [piece for word in WORDS for piece in (word, word + "</w>")]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    tokenizer.decoder = decoders.BPEDecoder()
+    return _add_special(tokenizer)
+
+
+TOKENIZERS: dict[str, tuple[Callable[[], Tokenizer], str]] = {
+    "byte_level": (byte_level, "bytes"),
+    "llama_2": (llama_2, "pieces"),
+    "gemma": (gemma, "pieces"),
+    "metaspace": (metaspace, "pieces"),
+    "word_piece": (word_piece, "pieces"),
+    "word_level": (word_level, "pieces"),
+    "gpt_1": (gpt_1, "window"),
+}
+
+
+def _random_ids(rng: random.Random, tokenizer: Tokenizer) -> list[int]:
+    """Also ids that no token has, and runs from one corner of the vocabulary, where byte and special tokens are."""
+    size = tokenizer.get_vocab_size() + 3
+    low = rng.choice([0, 0, size // 2, max(0, size - 10)])
+    high = rng.choice([size, size, min(size, low + 40)])
+    return [rng.randrange(low, max(high, low + 1)) for _ in range(rng.randrange(40))]
+
+
+def _random_cuts(rng: random.Random, ids: Sequence[int]) -> list[tuple[int, ...]]:
+    parts = []
+    while ids:
+        cut = rng.choice([1, 1, 1, 2, 7])
+        parts.append(tuple(ids[:cut]))
+        ids = ids[cut:]
+    return parts
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_parts_add_up_to_the_full_decode(name: str) -> None:
+    make, kind = TOKENIZERS[name]
+    tokenizer = make()
+    texts = TokenText(tokenizer)
+    assert texts.kind == kind
+    rng = random.Random(name)
+    num_broken = 0
+    for _ in range(NUM_SEQUENCES):
+        ids = _random_ids(rng, tokenizer)
+        detokenizer = texts.detokenizer()
+        text = "".join([detokenizer.push(part) for part in _random_cuts(rng, ids)]) + detokenizer.finish()
+        expected = tokenizer.decode(ids, skip_special_tokens=True)
+        assert text == expected, ids
+        num_broken += REPLACEMENT in expected
+    if name in ("byte_level", "llama_2", "gemma"):
+        assert num_broken > NUM_SEQUENCES / 10, "broken UTF-8 was not among the sequences"
+
+
+@pytest.mark.parametrize("name", ["byte_level", "llama_2"])
+def test_a_character_is_never_split(name: str) -> None:
+    tokenizer = TOKENIZERS[name][0]()
+    ids = tokenizer.encode("Łódź 🦜ß").ids
+    assert len(ids) > 8, "every character in one token would show nothing"
+    detokenizer = TokenText(tokenizer).detokenizer()
+    parts = [detokenizer.push((i,)) for i in ids]
+    assert REPLACEMENT not in "".join(parts)
+    assert "".join(parts) + detokenizer.finish() == tokenizer.decode(ids)
+
+
+def test_text_is_not_held_back_without_need() -> None:
+    tokenizer = byte_level()
+    ids = tokenizer.encode("the river lamp").ids
+    detokenizer = TokenText(tokenizer).detokenizer()
+    assert [detokenizer.push((i,)) for i in ids] == [tokenizer.decode([i]) for i in ids]
+
+
+def _stop(text_parts: Sequence[str], *stop: str) -> tuple[list[str], bool]:
+    matcher = StopStrings(stop)
+    out = []
+    for part in text_parts:
+        text, matched = matcher.push(part)
+        out.append(text)
+        if matched:
+            return out, True
+    return [*out, matcher.finish()], False
+
+
+@pytest.mark.parametrize(
+    ("parts", "stop", "expected", "matched"),
+    [
+        (["hello wor", "ld!"], ["world"], ["hello ", ""], True),
+        (["a", "b", "c"], ["abd"], ["", "", "abc", ""], False),
+        (["ab", "abd"], ["abd"], ["", "ab"], True),
+        (["x\n", "\n", "y"], ["\n\n"], ["x", ""], True),
+        (["x\n", "y\n"], ["\n\n"], ["x", "\ny", "\n"], False),
+        (["abcd"], ["abcd", "bc"], ["a"], True),  # "bc" is complete first
+        (["xabc"], ["bc", "abc"], ["x"], True),  # both end at the same character: the longer one
+        (["stop at once"], ["stop"], [""], True),
+        (["", "", "s"], ["stop"], ["", "", "", "s"], False),
+        (["東", "京!"], ["京"], ["東", ""], True),
+    ],
+)
+def test_stop_string(parts: list[str], stop: list[str], expected: list[str], matched: bool) -> None:
+    assert _stop(parts, *stop) == (expected, matched)
+
+
+def test_stop_strings_do_not_depend_on_how_the_text_is_cut() -> None:
+    rng = random.Random(7)
+    num_matched = 0
+    for _ in range(NUM_SEQUENCES):
+        text = "".join(rng.choices("abc", k=rng.randrange(1, 30)))
+        stop = ["".join(rng.choices("abc", k=rng.randrange(1, 6))) for _ in range(rng.randrange(1, 4))]
+        cuts = sorted(rng.choices(range(len(text) + 1), k=5))
+        parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        in_parts, matched = _stop(parts, *stop)
+        by_character, matched_by_character = _stop(list(text), *stop)
+        assert ("".join(in_parts), matched) == ("".join(by_character), matched_by_character), (text, stop)
+        assert matched == any(s in text for s in stop)
+        assert not any(s in "".join(in_parts) for s in stop)
+        num_matched += matched
+    assert NUM_SEQUENCES / 10 < num_matched < NUM_SEQUENCES
+
+
+def _letters(stop: Sequence[str] = (), stop_ids: frozenset[int] = frozenset()) -> TextStream:
+    """Token i is the i-th letter; 26 is <eos>, a special token."""
+    tokenizer = Tokenizer(models.BPE({chr(97 + i): i for i in range(26)}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>"])
+    return TokenText(tokenizer).stream(stop, stop_ids)
+
+
+def test_tokens_after_the_stop_string_are_dropped_however_many_come_at_once() -> None:
+    stream = _letters(stop=["cd"])
+    assert stream.push((0, 1, 2), None) == Delta("ab", (0, 1, 2), None)
+    assert stream.push((3, 4, 5), FinishReason.LENGTH) == Delta("", (3,), FinishReason.STOP)
+
+
+def test_held_text_is_flushed_when_the_request_ends() -> None:
+    stream = _letters(stop=["cdz"])
+    assert stream.push((1, 2, 3), None).text == "b"
+    assert stream.push((), FinishReason.LENGTH) == Delta("cd", (), FinishReason.LENGTH)
+
+
+def test_the_token_that_ended_a_request_has_no_text() -> None:
+    assert _letters(stop_ids=frozenset([25])).push((0, 25), FinishReason.STOP).text == "a"
+    assert _letters(stop_ids=frozenset([25])).push((0, 25), FinishReason.LENGTH).text == "az"
+    assert _letters(stop=["q"], stop_ids=frozenset([26])).push((0, 26), FinishReason.STOP) == Delta(
+        "a", (0, 26), FinishReason.STOP
+    )
+
+
+def test_missing_bytes_at_the_end_become_a_replacement_character() -> None:
+    tokenizer = byte_level()
+    ids = tuple(tokenizer.encode("x🦜").ids)
+    text = TokenText(tokenizer).stream().push(ids[:3], FinishReason.LENGTH).text
+    assert text == tokenizer.decode(ids[:3]) == "x" + REPLACEMENT
