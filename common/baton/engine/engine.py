@@ -1,0 +1,349 @@
+"""The engine: requests in, tokens out, one step at a time. The same for every role, and without servers.
+
+    add       a prompt to be computed here; prefill_only: stops after the first token, keeps its blocks: HELD
+    reserve   a prompt whose KV is computed elsewhere; when admitted its blocks can be written to: RESERVED
+    activate  the KV has arrived, the sequence decodes from its first token on
+    abort     the end of any of them, at any time; release is the end of a HELD one
+    step      schedule, run, process
+
+Blocks have one owner at any time, and go back when the last one who reads or writes them is done:
+- the running step: a sequence aborted while its step runs keeps its blocks until that step has ended;
+- the transfer: blocks of a RESERVED sequence are written, blocks of a prefill-only one are read from outside.
+  Only `abort` or `release` give those back, and whoever calls them has stopped the transfer before.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import Iterator
+
+from baton.clock import Clock
+from baton.config import EngineConfig
+from baton.engine.batch import (
+    Batch,
+    BatchRow,
+    ModelRunner,
+    Sequence,
+    SequenceOutput,
+    SequenceStatus,
+    StepOutput,
+)
+from baton.engine.rates import StepRates
+from baton.engine.scheduler import ScheduledRow, Scheduler
+from baton.errors import ConfigError, InvalidRequest, Overloaded, RequestTooLarge
+from baton.kv.block import BlockHash
+from baton.kv.cache_manager import KVCacheManager
+from baton.messages import Load
+from baton.request import FinishReason, Request, RequestId, SamplingParams
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Owns the sequences. Confined to one event loop; every method but `step` returns at once and may be
+    called while a step runs. `work` is set whenever a step might find something to do: await it instead of
+    polling."""
+
+    def __init__(self, config: EngineConfig, runner: ModelRunner, clock: Clock, fingerprint: str) -> None:
+        """`fingerprint` names model and layout: the root of the block hashes. Raises ConfigError."""
+        if config.max_num_batched_tokens < config.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({config.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({config.max_num_seqs}): every running sequence needs one token per step"
+            )
+        storage = runner.storage
+        self.work = asyncio.Event()
+        self.max_model_len = min(runner.max_model_len, storage.num_blocks * storage.layout.block_size)
+        self._config = config
+        self._runner = runner
+        self._clock = clock
+        self._kv = KVCacheManager(
+            storage.num_blocks,
+            storage.layout.block_size,
+            fingerprint,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self._scheduler = Scheduler(
+            self._kv, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+        )
+        self._sequences: dict[RequestId, Sequence] = {}
+        self._rates = StepRates()
+
+    # --- requests ---
+
+    def add(self, request: Request, *, prefill_only: bool = False) -> None:
+        """Raises InvalidRequest, RequestTooLarge or Overloaded; then nothing has changed."""
+        self._enqueue(request, prefill_only=prefill_only)
+
+    def reserve(self, request: Request) -> None:
+        """Like `add`, for a prompt whose KV is computed elsewhere. `admit` or a step's `admitted` tells when
+        its blocks are there; the first `num_cached_tokens` positions, a multiple of the block size and always
+        less than the whole prompt, are filled already and must not be written."""
+        self._enqueue(request, remote=True)
+
+    def admit(self) -> tuple[RequestId, ...]:
+        """Grant the reservations at the head of the queue now, without a step. Returns those that got their
+        blocks."""
+        return tuple(self._stamp(self._scheduler.admit_reservations()))
+
+    def activate(self, request_id: RequestId, first_token: int) -> FinishReason | None:
+        """KV of the whole prompt is in the reserved blocks. Returns the reason if the first token is also the
+        last: the sequence is gone then. Raises InvalidRequest, without effect, when there is no such
+        reservation."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.status is not SequenceStatus.RESERVED:
+            raise InvalidRequest(f"request {request_id} holds no reservation")
+        if not 0 <= first_token < self._runner.vocab_size:
+            raise InvalidRequest(f"token {first_token} is not in the vocabulary", param="first_token")
+        self._kv.commit(sequence, sequence.request.num_prompt_tokens)
+        self._append(sequence, first_token)
+        if sequence.finished:
+            self._drop(sequence)
+        else:
+            self._scheduler.activate(sequence)
+        self.work.set()
+        return sequence.finish_reason
+
+    def abort(self, request_id: RequestId) -> None:
+        """The request is unknown from now on. Its blocks go back at once, or when the step it is part of has
+        ended. Unknown requests are ignored."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return
+        sequence.finish_reason = FinishReason.ABORT
+        sequence.abort_requested = True
+        if sequence.in_flight:
+            del self._sequences[request_id]  # its blocks go back when the step has ended, see `_execute`
+        else:
+            self._drop(sequence)
+        self.work.set()
+
+    def release(self, request_id: RequestId) -> None:
+        """The hand-over of a HELD sequence is done. Its blocks go back and stay as cached prefix."""
+        self.abort(request_id)
+
+    def sequence(self, request_id: RequestId) -> Sequence | None:
+        return self._sequences.get(request_id)
+
+    # --- steps ---
+
+    @property
+    def has_work(self) -> bool:
+        """False: a step would find nothing to do until another method changed something."""
+        return self.work.is_set()
+
+    async def step(self) -> StepOutput:
+        """One batch. When the runner raises, all sequences of the batch fail; the engine goes on. When
+        cancelled, the step has had no effect, and the sequences stay as they were."""
+        rows, admitted = self._scheduler.schedule()
+        granted = self._stamp(admitted)
+        if not rows:
+            self.work.clear()
+            return StepOutput((), tuple(granted), 0, 0.0)
+        batch = Batch(tuple(map(_batch_row, rows)))
+        started_s = self._clock.now()
+        tokens, error = await self._execute(rows, batch)
+        seconds = self._clock.now() - started_s
+        outputs = tuple(self._process(rows, batch, tokens, error))
+        num_decode = sum(row.num_tokens == 1 for row in rows)
+        self._rates.note(num_decode, batch.num_tokens - num_decode, seconds)
+        granted.extend(self.admit())  # into the blocks that this step gave back
+        return StepOutput(outputs, tuple(granted), batch.num_tokens, seconds)
+
+    # --- what others want to know ---
+
+    def load(self) -> Load:
+        waiting = sum(len(s.token_ids) for s in self._scheduler.waiting if not s.remote)
+        running = sum(len(s.token_ids) - s.num_computed_tokens - 1 for s in self._scheduler.running)
+        return Load(
+            num_running=len(self._scheduler.running) + self._scheduler.num_reserved,
+            num_waiting=len(self._scheduler.waiting),
+            num_waiting_tokens=waiting + running,
+            num_free_blocks=self._kv.num_free_blocks,
+            prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
+            decode_step_s=self._rates.decode_step_s,
+        )
+
+    def block_events(self) -> tuple[list[BlockHash], list[BlockHash]]:
+        """Cached prefix blocks that were (added, removed) since the last call."""
+        return self._kv.drain_events()
+
+    def cached_hashes(self) -> Iterator[BlockHash]:
+        return self._kv.cached_hashes()
+
+    @property
+    def num_used_blocks(self) -> int:
+        return self._kv.num_used_blocks
+
+    @property
+    def num_blocks(self) -> int:
+        return self._kv.num_blocks
+
+    @property
+    def num_sequences(self) -> int:
+        """Requests that are here in any state."""
+        return len(self._sequences)
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._scheduler.num_preemptions
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError. Between steps only."""
+        self._kv.check_integrity()
+        self._scheduler.check_integrity()
+        assert not any(sequence.in_flight for sequence in self._sequences.values())
+        if not self._sequences:
+            assert self._kv.num_used_blocks == 0 and not self._scheduler.has_work
+
+    # --- a sequence's way through ---
+
+    def _enqueue(self, request: Request, *, remote: bool = False, prefill_only: bool = False) -> None:
+        self._check(request)
+        sequence = Sequence(
+            request,
+            remote=remote,
+            prefill_only=prefill_only,
+            token_ids=list(request.prompt_token_ids),
+            arrival_s=self._clock.now(),
+        )
+        self._sequences[request.request_id] = sequence
+        self._scheduler.add(sequence)
+        self.work.set()
+
+    def _check(self, request: Request) -> None:
+        prompt = request.prompt_token_ids
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"request {request.request_id} is here already", param="request_id")
+        if not prompt:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if min(prompt) < 0 or max(prompt) >= self._runner.vocab_size:
+            wrong = next(token for token in prompt if not 0 <= token < self._runner.vocab_size)
+            raise InvalidRequest(
+                f"token id {wrong} is not in the vocabulary of {self._runner.vocab_size} tokens",
+                param="prompt",
+            )
+        if len(prompt) >= self.max_model_len:
+            raise RequestTooLarge(
+                f"the prompt has {len(prompt)} tokens; with at least one for the answer, this worker takes "
+                f"{self.max_model_len}",
+                param="prompt",
+            )
+        _check_sampling(request.sampling)
+        if len(self._scheduler.waiting) >= self._config.max_num_waiting:
+            raise Overloaded(
+                f"{len(self._scheduler.waiting)} requests are waiting already", retry_after_s=self._queue_s()
+            )
+
+    def _queue_s(self) -> float:
+        load = self.load()
+        if not load.prefill_tokens_per_s:
+            return 1.0
+        return max(1.0, load.num_waiting_tokens / load.prefill_tokens_per_s)
+
+    def _stamp(self, admitted: list[Sequence]) -> list[RequestId]:
+        """The time of admission; the ids of those that wait for their KV now."""
+        for sequence in admitted:
+            sequence.admitted_s = self._clock.now()
+        return [sequence.request_id for sequence in admitted if sequence.remote]
+
+    async def _execute(
+        self, rows: list[ScheduledRow], batch: Batch
+    ) -> tuple[tuple[int, ...], Exception | None]:
+        for sequence, _ in rows:
+            sequence.in_flight = True
+        try:
+            return await self._runner.execute(batch), None
+        except Exception as error:
+            _log.exception("a step of %d sequences failed", len(rows))
+            return (), error
+        finally:
+            # However the step ended, nothing writes to the blocks of its sequences any more.
+            for sequence, _ in rows:
+                sequence.in_flight = False
+                if sequence.abort_requested:
+                    self._scheduler.remove(sequence)
+
+    def _process(
+        self, rows: list[ScheduledRow], batch: Batch, tokens: tuple[int, ...], error: Exception | None
+    ) -> Iterator[SequenceOutput]:
+        drawn = iter(tokens)
+        for (sequence, num_tokens), batch_row in zip(rows, batch.rows, strict=True):
+            token = next(drawn) if batch_row.sample and error is None else None
+            if sequence.abort_requested:
+                continue
+            if error is not None:
+                yield self._fail(sequence, f"{type(error).__name__}: {error}")
+            elif token is not None and token < 0:
+                yield self._fail(sequence, "the model's logits are not numbers")
+            else:
+                yield self._advance(sequence, num_tokens, token)
+
+    def _advance(self, sequence: Sequence, num_tokens: int, token: int | None) -> SequenceOutput:
+        self._kv.commit(sequence, sequence.num_computed_tokens + num_tokens)
+        num_computed_tokens, first_index = sequence.num_computed_tokens, sequence.num_output_tokens
+        if token is not None:
+            self._append(sequence, token)
+            if sequence.prefill_only:
+                self._scheduler.hold(sequence)
+            elif sequence.finished:
+                self._drop(sequence)
+        new_tokens = () if token is None else (token,)
+        return SequenceOutput(
+            sequence.request_id, num_computed_tokens, first_index, new_tokens, sequence.finish_reason
+        )
+
+    def _append(self, sequence: Sequence, token: int) -> None:
+        sequence.token_ids.append(token)
+        request = sequence.request
+        if token in request.stop_ids:
+            sequence.finish_reason = FinishReason.STOP
+        elif len(sequence.token_ids) >= min(
+            self.max_model_len, request.num_prompt_tokens + request.sampling.max_tokens
+        ):
+            sequence.finish_reason = FinishReason.LENGTH
+
+    def _fail(self, sequence: Sequence, error: str) -> SequenceOutput:
+        sequence.finish_reason = FinishReason.ERROR
+        num_computed_tokens = sequence.num_computed_tokens
+        if sequence.prefill_only:
+            self._scheduler.hold(sequence)  # what it computed may be on the wire: release gives it back
+        else:
+            self._drop(sequence)
+        return SequenceOutput(
+            sequence.request_id,
+            num_computed_tokens,
+            sequence.num_output_tokens,
+            (),
+            FinishReason.ERROR,
+            error,
+        )
+
+    def _drop(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request_id]
+        self._scheduler.remove(sequence)
+
+
+def _batch_row(row: ScheduledRow) -> BatchRow:
+    sequence = row.sequence
+    start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + row.num_tokens
+    return BatchRow(
+        sequence.request_id,
+        start,
+        tuple(sequence.token_ids[start:end]),
+        tuple(sequence.block_table),
+        end == len(sequence.token_ids),
+        sequence.request.sampling,
+    )
+
+
+def _check_sampling(sampling: SamplingParams) -> None:
+    """Raises InvalidRequest for values that no sampler can honour."""
+    if sampling.max_tokens < 1:
+        raise InvalidRequest("max_tokens must be at least 1", param="max_tokens")
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise InvalidRequest("temperature must be 0 or more", param="temperature")
+    if not 0 < sampling.top_p <= 1:
+        raise InvalidRequest("top_p must be above 0 and at most 1", param="top_p")
+    if sampling.top_k < 0:
+        raise InvalidRequest("top_k must be 0 (all tokens) or more", param="top_k")

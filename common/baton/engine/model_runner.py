@@ -1,0 +1,177 @@
+"""Runs batches through the model: the engine's only part that touches tensors.
+
+Everything torch does here happens in one thread of its own, so the event loop stays free while a step runs.
+"""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from baton.config import EngineConfig, ModelConfig
+from baton.engine.batch import Batch, BatchRow
+from baton.engine.sampler import sample
+from baton.errors import ConfigError, InternalError
+from baton.kv.layout import KVLayout
+from baton.kv.storage import DTYPES, KVStorage
+from baton.model import loader
+from baton.model.attention import PagedBatch
+from baton.model_files import resolve_model
+from baton_kernels import naive
+
+
+class _Inputs(NamedTuple):
+    input_ids: Tensor  # [1, T]
+    position_ids: Tensor  # [1, T]
+    paged: PagedBatch
+    sampled: list[int]  # rows of the batch that get a token, in the order of their logits
+    last_tokens: Tensor  # [len(sampled)], index into T
+
+
+class TorchModelRunner:
+    """Implements ModelRunner. Owns model and storage; `execute` is the only one to write to the storage,
+    apart from the transfer, which writes to blocks that are in no batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        storage: KVStorage,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        num_threads: int = 1,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self._model = model
+        self._storage = storage
+        self._layers = tuple(storage.layer_views(i) for i in range(storage.layout.num_layers))
+        self._dtype = DTYPES[storage.layout.dtype]
+        # The number of OpenMP threads is a property of the thread that starts them.
+        self._thread = ThreadPoolExecutor(1, "baton-model", torch.set_num_threads, (num_threads,))
+
+    @property
+    def storage(self) -> KVStorage:
+        return self._storage
+
+    async def execute(self, batch: Batch) -> tuple[int, ...]:
+        running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, batch)
+        cancelled: asyncio.CancelledError | None = None
+        while not running.done():
+            try:
+                await asyncio.wait((running,))
+            except asyncio.CancelledError as error:
+                cancelled = error  # the step still writes to the pool: it has to end first
+        if cancelled is not None:
+            running.exception()
+            raise cancelled
+        return running.result()
+
+    async def aclose(self) -> None:
+        self._thread.shutdown()
+
+    @torch.inference_mode()
+    def _run(self, batch: Batch) -> tuple[int, ...]:
+        inputs = self._prepare(batch)
+        logits = self._model(
+            input_ids=inputs.input_ids,
+            position_ids=inputs.position_ids,
+            use_cache=False,
+            logits_to_keep=inputs.last_tokens,
+            **inputs.paged.kwargs,
+        ).logits[0]
+        if inputs.paged.num_layers_seen != len(self._layers):
+            raise InternalError(
+                f"{inputs.paged.num_layers_seen} of {len(self._layers)} layers called Baton's attention"
+            )
+        rows = [batch.rows[i] for i in inputs.sampled]
+        positions = [row.start + len(row.token_ids) for row in rows]
+        tokens = sample(logits, [row.sampling for row in rows], positions) if rows else []
+        drawn = dict(zip(inputs.sampled, tokens, strict=True))
+        return tuple(drawn[i] for i, row in enumerate(batch.rows) if row.sample)
+
+    def _prepare(self, batch: Batch) -> _Inputs:
+        """All tensors of the step, decoding rows first."""
+        order = sorted(range(len(batch.rows)), key=lambda i: len(batch.rows[i].token_ids) > 1)
+        rows = [batch.rows[i] for i in order]
+        block_size, device = self._storage.layout.block_size, self._storage.data.device
+        token_ids: list[int] = []
+        positions: list[int] = []
+        blocks: list[int] = []
+        ends: list[int] = []  # of the rows, in the step's tokens
+        for row in rows:
+            span = range(row.start, row.start + len(row.token_ids))
+            token_ids.extend(row.token_ids)
+            positions.extend(span)
+            blocks.extend([row.block_table[position // block_size] for position in span])
+            ends.append(len(token_ids))
+        on_device = torch.from_numpy(np.array([token_ids, positions, blocks])).to(device)
+        num_decodes = sum(len(row.token_ids) == 1 for row in rows)
+        paged = PagedBatch(
+            layers=self._layers,
+            writes=naive.Positions(on_device[2], on_device[1] % block_size),
+            num_decodes=num_decodes,
+            decode=self._plan_decode(rows[:num_decodes], on_device[1, :num_decodes]),
+            prefills=tuple(
+                (end - len(row.token_ids), end, self._plan_prefill(row))
+                for row, end in zip(rows[num_decodes:], ends[num_decodes:], strict=True)
+            ),
+            max_model_len=self.max_model_len,
+        )
+        last = [(i, end - 1) for i, row, end in zip(order, rows, ends, strict=True) if row.sample]
+        last_tokens = torch.tensor([index for _, index in last], dtype=torch.int64, device=device)
+        return _Inputs(on_device[:1], on_device[1:2], paged, [i for i, _ in last], last_tokens)
+
+    def _plan_decode(self, rows: list[BatchRow], positions: Tensor) -> naive.DecodePlan | None:
+        if not rows:
+            return None
+        block_size, device = self._storage.layout.block_size, positions.device
+        tables = np.zeros((len(rows), max(len(row.block_table) for row in rows)), dtype=np.int64)
+        for table, row in zip(tables, rows, strict=True):
+            table[: len(row.block_table)] = row.block_table
+        longest = max(row.start for row in rows) + 1
+        return naive.plan_decode(
+            torch.from_numpy(tables).to(device), positions + 1, longest, block_size, self._dtype
+        )
+
+    def _plan_prefill(self, row: BatchRow) -> naive.PrefillPlan:
+        table = torch.tensor(row.block_table, device=self._storage.data.device)
+        return naive.plan_prefill(table, row.start, len(row.token_ids), self._storage.layout.block_size)
+
+
+class LoadedModel(NamedTuple):
+    runner: TorchModelRunner
+    fingerprint: str
+
+
+def load_runner(model: ModelConfig, engine: EngineConfig) -> LoadedModel:
+    """Weights, KV pool and thread of one worker. Raises ConfigError."""
+    directory = resolve_model(model.model, model.revision)
+    config = loader.load_config(directory)
+    max_model_len = loader.model_length(config, model.max_model_len)
+    device = loader.resolve_device(engine.device)
+    dtype = loader.resolve_dtype(config, model.dtype, device)
+    layout = loader.kv_layout(config, engine.block_size, dtype)
+    storage = KVStorage(layout, _num_blocks(engine, layout), device)
+    torch.set_num_threads(engine.num_threads)
+    runner = TorchModelRunner(
+        loader.load_model(directory, config, dtype, device),
+        storage,
+        vocab_size=config.vocab_size,
+        max_model_len=max_model_len,
+        num_threads=engine.num_threads,
+    )
+    return LoadedModel(runner, loader.fingerprint(directory, layout))
+
+
+def _num_blocks(engine: EngineConfig, layout: KVLayout) -> int:
+    num_blocks = engine.num_blocks or engine.kv_cache_bytes // layout.block_bytes
+    if num_blocks < 2:
+        raise ConfigError(
+            f"the KV pool has room for {num_blocks} of at least 2 blocks: one of {layout.block_size} tokens "
+            f"takes {layout.block_bytes} bytes"
+        )
+    return num_blocks

@@ -1,0 +1,137 @@
+"""Draws the next token of many sequences at once, each with parameters of its own.
+
+The randomness is a pure function of (seed, position of the new token, token id): with Gumbel noise g made of
+a hash of these three, argmax(logits / temperature + g) is a draw from the softmax. There is no state, so a
+sequence gets the same tokens alone or in any batch, after preemption, and on another worker that takes it
+over.
+
+    kept = the top_k most likely tokens, then of these the fewest that together reach top_p; ties are kept as
+    one
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from baton.request import SamplingParams
+
+# Noise for a whole vocabulary costs more than the rest. Nearly always only the most likely tokens can be
+# drawn.
+_NUM_CANDIDATES = 256
+_MAX_NOISE = 32 * math.log(2) + 1e-3  # see `gumbel`: of the smallest uniform number, 2^-32
+
+_MASK64 = 2**64 - 1
+
+
+def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+    """logits [R, V]; positions: index of the new token in its sequence, prompt included. -1 where logits are
+    NaN."""
+    best = logits.max(dim=-1)  # NaN if any is
+    tokens = best.indices.masked_fill(~best.values.isfinite(), -1)
+    drawn = [row for row, param in enumerate(params) if param.temperature > 0]
+    if drawn:
+        rows = torch.tensor(drawn, device=logits.device)
+        scaled = logits[rows].float() / _column([max(params[r].temperature, 1e-5) for r in drawn], logits)
+        new = _draw(
+            scaled,
+            _column([params[r].top_k or logits.shape[-1] for r in drawn], logits, torch.int64),
+            _column([params[r].top_p for r in drawn], logits),
+            _keys([(params[r].seed, positions[r]) for r in drawn]).to(logits.device),
+        )
+        tokens[rows] = torch.where(tokens[rows] < 0, tokens[rows], new)
+    return tokens.tolist()
+
+
+def _draw(scaled: Tensor, top_k: Tensor, top_p: Tensor, keys: Tensor) -> Tensor:
+    """scaled [R, V], top_k, top_p [R, 1], keys [R, 2] -> [R]."""
+    num_tokens = scaled.shape[-1]
+    values, ids = scaled.topk(min(_NUM_CANDIDATES, num_tokens))  # [R, C], best first
+    log_norm = scaled.logsumexp(-1, keepdim=True)
+    threshold = _threshold(values, log_norm, top_k, top_p)
+    noisy = values.masked_fill(values < threshold, -torch.inf) + gumbel(keys, ids)
+    highest = noisy.max(dim=-1)
+    tokens = ids.gather(-1, highest.indices[:, None])[:, 0]
+    if values.shape[-1] == num_tokens:
+        return tokens
+
+    # Could a token that is no candidate have won? Not when the last candidate is below the threshold, nor
+    # when no noise could lift it to the winner. And top_p of a top_k that reaches beyond the candidates is
+    # not known from them.
+    last, num_candidates = values[:, -1:], values.shape[-1]
+    unknown = (top_k > num_candidates) & (top_k < num_tokens) & (top_p < 1)
+    reachable = (last >= threshold) & (last + _MAX_NOISE >= highest.values[:, None])
+    rows = (unknown | reachable)[:, 0].nonzero()[:, 0]
+    if len(rows):
+        tokens[rows] = _draw_from_all(scaled[rows], log_norm[rows], top_k[rows], top_p[rows], keys[rows])
+    return tokens
+
+
+def _draw_from_all(scaled: Tensor, log_norm: Tensor, top_k: Tensor, top_p: Tensor, keys: Tensor) -> Tensor:
+    if bool((top_k < scaled.shape[-1]).any()) or bool((top_p < 1).any()):
+        ordered = scaled.sort(dim=-1, descending=True).values
+        scaled = scaled.masked_fill(scaled < _threshold(ordered, log_norm, top_k, top_p), -torch.inf)
+    ids = torch.arange(scaled.shape[-1], device=scaled.device)
+    return (scaled + gumbel(keys, ids)).argmax(dim=-1)
+
+
+def _threshold(ordered: Tensor, log_norm: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest value that is kept, [R, 1]; -inf where all are.
+
+    `ordered` [R, C] are the largest values, best first, log_norm that of all values. Where C is too small to
+    tell, the result is the smallest of `ordered` or less.
+    """
+    rank = torch.arange(ordered.shape[-1], device=ordered.device)
+    probs = (ordered - log_norm).exp().masked_fill_(rank >= top_k, 0)
+    mass = probs.cumsum(-1)
+    total = torch.where(top_k <= ordered.shape[-1], mass[:, -1:], 1.0)
+    kept = (rank < top_k) & ((mass - probs < top_p * total) | (top_p >= 1))
+    num_kept = kept.sum(-1, keepdim=True).clamp_(min=1)
+    smallest = ordered.gather(-1, num_kept - 1)
+    return smallest.masked_fill((top_k >= ordered.shape[-1]) & (top_p >= 1), -torch.inf)
+
+
+def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
+    """Noise of token `ids` ([V] or [R, V]) under keys [R, 2] int32: [R, V] float32."""
+    hashed = ids.to(torch.int32) * _int32(0x9E3779B1) ^ keys[:, :1]
+    hashed = _mix(_mix(hashed) ^ keys[:, 1:])
+    # Small values of `uniform` make large noise, so they must be exact; log1p keeps that. The clamp bounds
+    # the other end.
+    uniform = ((hashed & 0x7FFFFFFF).to(torch.float32) + 0.5) * 2.0**-31
+    return -(-torch.log1p(-uniform.clamp_(max=1 - 2.0**-24))).log()
+
+
+def _mix(hashed: Tensor) -> Tensor:
+    """murmur3's finaliser on int32, in which every bit of the input changes every bit of the result."""
+    hashed = (hashed ^ _shift(hashed, 16)) * _int32(0x85EBCA6B)
+    hashed = (hashed ^ _shift(hashed, 13)) * _int32(0xC2B2AE35)
+    return hashed ^ _shift(hashed, 16)
+
+
+def _shift(hashed: Tensor, bits: int) -> Tensor:
+    """A logical shift: torch's is arithmetic on int32."""
+    return (hashed >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _int32(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
+
+
+def _keys(pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """Two 32-bit words for each (seed, position)."""
+    words = [_splitmix64(_splitmix64(seed & _MASK64) ^ position) for seed, position in pairs]
+    return torch.tensor(
+        [(_int32(word & 0xFFFFFFFF), _int32(word >> 32)) for word in words], dtype=torch.int32
+    )
+
+
+def _splitmix64(word: int) -> int:
+    word = (word + 0x9E3779B97F4A7C15) & _MASK64
+    word = ((word ^ word >> 30) * 0xBF58476D1CE4E5B9) & _MASK64
+    word = ((word ^ word >> 27) * 0x94D049BB133111EB) & _MASK64
+    return word ^ word >> 31
+
+
+def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=like.device)[:, None]

@@ -1,0 +1,169 @@
+"""Who computes how many tokens in the next step. Decides only: no tensors, no waiting, no clock.
+
+    add --> waiting --schedule, admit--> running --finish--> (gone)
+                ^                          |  ^
+                +------- preempt ----------+  +-- activate -- reserved <--schedule, admit-- waiting (remote)
+                                           +-- hold --> held --remove--> (gone)             prefill only
+
+There is no prefill phase and no decode phase: a sequence has tokens whose KV is not computed yet, and a step
+computes some of them, one for a sequence that decodes, a chunk for a prompt.
+
+Order. Running sequences come first, those that decode before those that still compute their prompt, so a long
+prompt delays them by no more than the token budget. What is left of the budget goes to the waiting queue,
+strictly first come first served, local sequences and reservations alike: nothing overtakes a big request, so
+nothing starves.
+
+Blocks. A sequence is admitted with blocks for all its tokens and the next one, or not at all; only decoding
+asks for more. When none is left the sequence admitted last gives its blocks back and returns to the front of
+the queue; it keeps its tokens and computes them again. A prefill-only sequence is never chosen: its blocks
+may be on the wire.
+"""
+
+from collections import deque
+from typing import NamedTuple
+
+from baton.engine.batch import Sequence, SequenceStatus
+from baton.kv.cache_manager import KVCacheManager
+
+
+class ScheduledRow(NamedTuple):
+    sequence: Sequence
+    num_tokens: int
+
+
+class Schedule(NamedTuple):
+    rows: list[ScheduledRow]  # decodes first
+    admitted: list[Sequence]  # from the waiting queue; those that are `remote` got blocks and no row
+
+
+class Scheduler:
+    """Owns the queues and the status of every sequence. Not to be called while a step of its own is half
+    done."""
+
+    def __init__(self, kv: KVCacheManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in the order of admission
+        self.num_reserved = 0
+        self.num_preemptions = 0
+        self._kv = kv
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        # Room for running sequences to grow into, so that an admission is not followed by a preemption at
+        # once.
+        self._watermark = max(1, kv.num_blocks // 100)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def schedule(self) -> Schedule:
+        budget = self._max_num_batched_tokens
+        rows: list[ScheduledRow] = []
+        num_preemptions = self.num_preemptions
+
+        # 1. Running sequences. The budget has a token for each of them, so only prompts can be cut short.
+        for sequence in sorted(self.running, key=_computes_prompt):
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue  # preempted by one before it
+            num_tokens = min(_num_remaining(sequence), budget)
+            if num_tokens and self._make_room(sequence, num_tokens):
+                rows.append(ScheduledRow(sequence, num_tokens))
+                budget -= num_tokens
+
+        # 2. The waiting queue, unless blocks ran short just now.
+        admitted: list[Sequence] = []
+        while self.waiting and num_preemptions == self.num_preemptions:
+            sequence = self.waiting[0]
+            if not (sequence.remote or budget) or not self._admit(sequence):
+                break
+            admitted.append(sequence)
+            if not sequence.remote:
+                num_tokens = min(_num_remaining(sequence), budget)
+                rows.append(ScheduledRow(sequence, num_tokens))
+                budget -= num_tokens
+        return Schedule(rows, admitted)
+
+    def admit_reservations(self) -> list[Sequence]:
+        """Those at the head of the queue, without a step; harmless while one runs."""
+        admitted = []
+        while self.waiting and self.waiting[0].remote and self._admit(sequence := self.waiting[0]):
+            admitted.append(sequence)
+        return admitted
+
+    def activate(self, sequence: Sequence) -> None:
+        """The KV of a reserved sequence has arrived."""
+        assert sequence.status is SequenceStatus.RESERVED
+        self.num_reserved -= 1
+        self._run(sequence)
+
+    def hold(self, sequence: Sequence) -> None:
+        """A prefill-only sequence is done; its blocks stay until `remove`."""
+        self.running.remove(sequence)
+        sequence.status = SequenceStatus.HELD
+
+    def remove(self, sequence: Sequence) -> None:
+        """Out of whatever queue it is in; its blocks go back."""
+        match sequence.status:
+            case SequenceStatus.WAITING:
+                self.waiting.remove(sequence)
+            case SequenceStatus.RESERVED:
+                self.num_reserved -= 1
+            case SequenceStatus.RUNNING:
+                self.running.remove(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        self._kv.free(sequence)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError."""
+        assert all(s.status is SequenceStatus.WAITING and not s.block_table for s in self.waiting)
+        assert all(s.status is SequenceStatus.RUNNING and s.block_table for s in self.running)
+        assert 0 <= self.num_reserved <= self._max_num_seqs - len(self.running)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        if len(self.running) + self.num_reserved >= self._max_num_seqs:
+            return False
+        num_tokens = len(sequence.token_ids) + (not sequence.prefill_only)
+        # An empty pool may be filled to the brim: otherwise the largest request that fits would wait for
+        # ever.
+        keep_free = self._watermark if self._kv.num_used_blocks else 0
+        if not self._kv.allocate(sequence, num_tokens, keep_free=keep_free):
+            return False
+        self.waiting.popleft()
+        if sequence.remote:
+            sequence.status = SequenceStatus.RESERVED
+            self.num_reserved += 1
+        else:
+            self._run(sequence)
+        return True
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.RUNNING
+        self.running.append(sequence)
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """False: it was itself the one to give way."""
+        while not self._kv.allocate(sequence, sequence.num_computed_tokens + num_tokens):
+            victim = next(s for s in reversed(self.running) if not s.prefill_only)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        self.running.remove(sequence)
+        self._kv.free(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.remote = False  # its prompt is computed here now
+        self.waiting.appendleft(sequence)
+
+
+def _num_remaining(sequence: Sequence) -> int:
+    return len(sequence.token_ids) - sequence.num_computed_tokens
+
+
+def _computes_prompt(sequence: Sequence) -> bool:
+    return _num_remaining(sequence) > 1

@@ -1,0 +1,130 @@
+"""Block tables of sequences: what the scheduler asks for blocks.
+
+A sequence's table is filled front to back: first the blocks of a cached prefix, shared with others and never
+written again, then blocks of its own. A block is shared only once it is full and committed, so nobody writes
+to a shared one.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from baton.engine.batch import Sequence
+from baton.kv.block import BlockHash, extend_hashes, num_blocks_for, root_hash
+from baton.kv.block_pool import BlockPool
+from baton.request import BlockId
+
+
+class KVCacheManager:
+    """Owns the pool, and of a Sequence: block_table, block_hashes, num_computed_tokens, num_cached_tokens."""
+
+    def __init__(
+        self, num_blocks: int, block_size: int, fingerprint: str, *, enable_prefix_caching: bool = True
+    ) -> None:
+        self.block_size = block_size
+        self._fingerprint = fingerprint
+        self._enable_prefix_caching = enable_prefix_caching
+        self._pool = BlockPool(num_blocks)
+        self._owners: dict[Sequence, None] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        return self._pool.num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._pool.num_free
+
+    @property
+    def num_used_blocks(self) -> int:
+        return self._pool.num_used
+
+    def match_prefix(self, sequence: Sequence) -> list[BlockId]:
+        """The longest run of cached blocks that the sequence begins with; takes nothing.
+
+        The last token is never part of a hit: it has to be computed, or to arrive, for its logits; and a hit
+        on its block would make it write to a shared one.
+        """
+        if not self._enable_prefix_caching:
+            return []
+        num_blocks = (len(sequence.token_ids) - 1) // self.block_size
+        self._extend_hashes(sequence, num_blocks)
+        hits: list[BlockId] = []
+        for block_hash in sequence.block_hashes[:num_blocks]:
+            block_id = self._pool.lookup(block_hash)
+            if block_id is None:
+                break
+            hits.append(block_id)
+        return hits
+
+    def allocate(self, sequence: Sequence, num_tokens: int, *, keep_free: int = 0) -> bool:
+        """Make the table cover num_tokens positions: all of it or, answering False, nothing at all.
+
+        A sequence without blocks takes its cached prefix first, which then counts as computed. `keep_free`
+        blocks must be left over.
+        """
+        hits = [] if sequence.block_table else self.match_prefix(sequence)
+        num_new = num_blocks_for(num_tokens, self.block_size) - len(sequence.block_table) - len(hits)
+        num_taken = num_new + sum(self._pool.is_free(block_id) for block_id in hits)
+        if num_taken > max(0, self._pool.num_free - keep_free):
+            return False
+        # Hits first: otherwise a new block could evict one of them.
+        for block_id in hits:
+            self._pool.touch(block_id)
+        if hits:
+            sequence.block_table.extend(hits)
+            sequence.num_computed_tokens = len(hits) * self.block_size
+            sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.request.num_prompt_tokens)
+        if num_new > 0:
+            sequence.block_table.extend(self._pool.allocate(num_new))
+        self._owners[sequence] = None
+        return True
+
+    def commit(self, sequence: Sequence, num_computed_tokens: int) -> None:
+        """KV of the first num_computed_tokens tokens is in the blocks: those that became full can be
+        shared."""
+        num_full_before = sequence.num_computed_tokens // self.block_size
+        num_full = num_computed_tokens // self.block_size
+        sequence.num_computed_tokens = num_computed_tokens
+        if num_full == num_full_before or not self._enable_prefix_caching:
+            return
+        self._extend_hashes(sequence, num_full)
+        for index in range(num_full_before, num_full):
+            self._pool.register(sequence.block_table[index], sequence.block_hashes[index])
+
+    def free(self, sequence: Sequence) -> None:
+        """Give all blocks back; nothing is computed any more. Full ones stay cached until their memory is
+        needed."""
+        # In reverse, so that the end of a chain is evicted before its beginning.
+        for block_id in reversed(sequence.block_table):
+            self._pool.release(block_id)
+        sequence.block_table.clear()
+        sequence.num_computed_tokens = 0
+        self._owners.pop(sequence, None)
+
+    def cached_hashes(self) -> Iterator[BlockHash]:
+        return self._pool.cached_hashes()
+
+    def drain_events(self) -> tuple[list[BlockHash], list[BlockHash]]:
+        return self._pool.drain_events()
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless every used block is in exactly as many tables as it has references."""
+        self._pool.check_integrity()
+        tables = Counter(block_id for owner in self._owners for block_id in owner.block_table)
+        assert all(self._pool.ref_cnt(block_id) == count for block_id, count in tables.items())
+        assert len(tables) == self.num_used_blocks, "a used block is in no table: leaked"
+        assert self.num_used_blocks + self.num_free_blocks == self.num_blocks
+        for owner in self._owners:
+            assert len(set(owner.block_table)) == len(owner.block_table)
+            assert owner.num_computed_tokens <= len(owner.block_table) * self.block_size
+
+    def _extend_hashes(self, sequence: Sequence, num_blocks: int) -> None:
+        hashes = sequence.block_hashes
+        if len(hashes) >= num_blocks:
+            return
+        parent = hashes[-1] if hashes else self._root(sequence)
+        tokens = sequence.token_ids[: num_blocks * self.block_size]
+        hashes.extend(extend_hashes(parent, tokens, self.block_size, len(hashes)))
+
+    def _root(self, sequence: Sequence) -> BlockHash:
+        return root_hash(self._fingerprint, self.block_size, sequence.request.cache_salt)

@@ -1,0 +1,49 @@
+"""The bytes of all blocks: one tensor, seen by the model as K and V per layer and by the transfer as runs of
+bytes."""
+
+import torch
+
+from baton.kv.layout import KVLayout
+from baton.request import BlockId
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class KVStorage:
+    """Implements BlockStorage. `data` is [num_blocks, block_bytes] uint8; see kv.layout for what is where in
+    a row."""
+
+    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device | str = "cpu") -> None:
+        self._layout = layout
+        self.data = torch.zeros(num_blocks, layout.block_bytes, dtype=torch.uint8, device=device)
+        self._bytes = self.data.view(-1).numpy().data if self.data.device.type == "cpu" else None
+
+    @property
+    def layout(self) -> KVLayout:
+        return self._layout
+
+    @property
+    def num_blocks(self) -> int:
+        return self.data.shape[0]
+
+    def poison(self) -> None:
+        """For tests: whoever reads a position that was never written gets NaN."""
+        self.data.view(DTYPES[self._layout.dtype]).fill_(torch.nan)
+
+    def layer_views(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K [num_blocks, block_size, num_kv_heads, k_dim] and V [..., v_dim] of one layer; writing to them
+        writes `data`."""
+        layer, size = self._layout.layers[index], self._layout.block_size
+        start, end = self._layout.layer_offsets[index : index + 2]
+        middle = start + size * layer.num_kv_heads * layer.k_dim * self._layout.element_bytes
+        dtype = DTYPES[self._layout.dtype]
+        k = self.data[:, start:middle].view(dtype).view(-1, size, layer.num_kv_heads, layer.k_dim)
+        v = self.data[:, middle:end].view(dtype).view(-1, size, layer.num_kv_heads, layer.v_dim)
+        return k, v
+
+    def region(self, block_id: BlockId, layer_start: int, layer_end: int) -> memoryview:
+        """Raises RuntimeError for blocks in device memory: they have to be staged in host memory first."""
+        if self._bytes is None:
+            raise RuntimeError(f"the blocks are in {self.data.device} memory, which has no host address")
+        offsets, start = self._layout.layer_offsets, block_id * self._layout.block_bytes
+        return self._bytes[start + offsets[layer_start] : start + offsets[layer_end]]

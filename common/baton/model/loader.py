@@ -1,0 +1,206 @@
+"""From a model directory to modules that run our attention; refuses what would be wrong, by name and reason.
+
+Weights come from safetensors only: other formats can run code when they are opened. Custom modelling code of
+a checkpoint is never run either.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from baton.errors import ConfigError
+from baton.kv.layout import KVLayout, LayerLayout
+from baton.kv.storage import DTYPES
+from baton.model import attention
+from baton.model_files import read_json
+from baton.transfer.wire import VERSION
+
+# Types whose greedy tokens equal those of transformers' own generate() in our tests.
+SUPPORTED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+# With these the rotation of a position depends on the longest sequence of the batch, so its KV is nobody
+# else's.
+_STATEFUL_ROPE = ("dynamic", "longrope")
+
+# Buffers that old checkpoints carry and that the model computes itself.
+_HARMLESS_EXTRA = ("rotary_emb.inv_freq",)
+
+_WHOLE_FILE_BYTES = 2**30
+_SAMPLE_BYTES = 2**20
+_NUM_SAMPLES = 256
+
+
+def load_config(directory: Path) -> Any:
+    """transformers' PretrainedConfig of a supported model. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{directory / 'config.json'}: {_first_line(error)}") from None
+    reason = _unsupported(config)
+    if reason:
+        raise ConfigError(f"model type {config.model_type!r} in {directory} is not supported: {reason}")
+    return config
+
+
+def model_length(config: Any, wanted: int | None) -> int:
+    """max_model_len: what the user wants, within what the model's positions and windows allow. Raises
+    ConfigError."""
+    possible = int(config.max_position_embeddings)
+    window = _sliding_window(config)
+    reason = "has positions for"
+    if window is not None and window < possible:
+        possible, reason = window, "attends to a sliding window, which is supported only up to its size of"
+    if wanted is None and possible == window:
+        raise ConfigError(
+            f"the model {reason} {possible} tokens: start with --max-model-len {possible} or less"
+        )
+    if wanted is not None and wanted > possible:
+        raise ConfigError(f"max_model_len {wanted} is too long: the model {reason} {possible} tokens")
+    return possible if wanted is None else wanted
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto is the GPU where there is one. Raises ConfigError."""
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ConfigError("device cuda is not there: no GPU that this build of torch can use")
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+
+
+def resolve_dtype(config: Any, name: str, device: torch.device) -> str:
+    """auto is the checkpoint's dtype, and float32 on the CPU."""
+    if name != "auto":
+        return name
+    names = {dtype: known for known, dtype in DTYPES.items()}
+    return "float32" if device.type == "cpu" else names.get(config.dtype, "bfloat16")
+
+
+def kv_layout(config: Any, block_size: int, dtype: str) -> KVLayout:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layer = LayerLayout(config.num_key_value_heads, head_dim, head_dim)
+    return KVLayout(block_size, (layer,) * config.num_hidden_layers, dtype, DTYPES[dtype].itemsize)
+
+
+def load_model(directory: Path, config: Any, dtype: str, device: torch.device) -> nn.Module:
+    """In evaluation mode, on `device`, with our attention. Raises ConfigError."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    _weight_files(directory)
+    attention.register()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention.NAME,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # listed in `info`, with every name, instead of raised at the first
+            output_loading_info=True,
+        )
+    except (
+        Exception
+    ) as error:  # safetensors, torch and transformers raise whatever they like for a broken file
+        raise ConfigError(f"the weights in {directory} cannot be loaded: {_first_line(error)}") from error
+    model: nn.Module = loaded[0]
+    _check_weights(directory, loaded[1])
+    return model.to(device).eval().requires_grad_(False)
+
+
+def fingerprint(directory: Path, layout: KVLayout) -> str:
+    """Equal on two workers when they compute and store the same KV: 128 bit over config.json, weights, KV
+    layout and wire version.
+
+    Weight files up to 1 GiB count with all their bytes. Of larger ones the length, the first MiB (names,
+    shapes and places of the tensors) and 256 evenly spaced MiB are taken, so that no worker reads a
+    checkpoint twice to start.
+    """
+    digest = xxhash.xxh3_128(f"{VERSION}\x00{layout.describe()}\x00".encode())
+    for path in (directory / "config.json", *_weight_files(directory)):
+        digest.update(f"{path.name}\x00{path.stat().st_size}\x00".encode())
+        for piece in _pieces(path):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _unsupported(config: Any) -> str | None:
+    if config.model_type not in SUPPORTED_TYPES:
+        return f"Baton runs {', '.join(SUPPORTED_TYPES)}"
+    if getattr(config, "quantization_config", None) is not None:
+        return "its weights are quantised"
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope_type in _STATEFUL_ROPE:
+        return (
+            f"its RoPE scaling {rope_type!r} makes the KV of a prompt depend on its neighbours in the batch"
+        )
+    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if unknown:
+        return f"it has layers of type {', '.join(sorted(unknown))}"
+    return None
+
+
+def _sliding_window(config: Any) -> int | None:
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """In the order of their names. Raises ConfigError."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConfigError(f"{index} has no weight_map")
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = [directory / "model.safetensors"]
+    missing = [path.name for path in files if not path.is_file()]
+    if not missing:
+        return files
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
+        raise ConfigError(
+            f"{directory} has weights in pickle format only, which can run code when opened: convert them to "
+            "safetensors"
+        )
+    raise ConfigError(f"{directory} lacks weights: {', '.join(missing)} not found")
+
+
+def _check_weights(directory: Path, info: dict[str, Any]) -> None:
+    extra = [key for key in info["unexpected_keys"] if not key.endswith(_HARMLESS_EXTRA)]
+    problems = {
+        "are missing": sorted(info["missing_keys"]),
+        "have another shape than config.json says": sorted(key for key, *_ in info["mismatched_keys"]),
+        "have no place in the model that config.json describes": sorted(extra),
+    }
+    for problem, keys in problems.items():
+        if keys:
+            names = ", ".join(keys[:3]) + (" ..." if len(keys) > 3 else "")
+            raise ConfigError(f"{len(keys)} weights in {directory} {problem}: {names}")
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    num_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        if num_bytes <= _WHOLE_FILE_BYTES:
+            while piece := file.read(_SAMPLE_BYTES):
+                yield piece
+            return
+        for sample in range(_NUM_SAMPLES + 1):
+            file.seek((num_bytes - _SAMPLE_BYTES) * sample // _NUM_SAMPLES)
+            yield file.read(_SAMPLE_BYTES)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
