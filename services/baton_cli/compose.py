@@ -1,0 +1,158 @@
+"""Composition root of a worker process: builds engine, transport and role services, serves until it is stopped.
+
+Here and not in a service, because a worker may hold both roles and services do not know each other.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from baton.transfer.choose import make_transport
+from prometheus_client import CollectorRegistry
+
+from baton.clock import Clock, SystemClock
+from baton.config import WorkerConfig
+from baton.engine.batch import StepOutput
+from baton.engine.engine import Engine
+from baton.engine.model_runner import TorchModelRunner, load_runner
+from baton.engine.worker import Worker
+from baton.events import LogEvents
+from baton.index.base import PrefixIndex
+from baton.index.redis import RedisIndex
+from baton.messages import Role, WorkerRecord
+from baton.request import WorkerId
+from baton.rpc import GrpcRpc, Handlers
+from baton.telemetry import WorkerMetrics, event, serve_metrics
+from baton.transfer.base import Transport
+from baton_decode.receive import Receiver
+from baton_decode.service import DecodeService
+from baton_prefill.service import PrefillService
+
+log = logging.getLogger("baton.worker")
+
+Ready = Callable[[dict[str, Any]], None]
+
+
+async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready) -> None:
+    """One worker, until `stop` is set. `ready` gets what `baton up` shows of it. Raises ConfigError."""
+    clock = SystemClock()
+    emit = LogEvents(log)
+    loaded = await asyncio.to_thread(load_runner, config.model, config.engine)
+    runner = loaded.runner
+    async with contextlib.AsyncExitStack() as closing:
+        closing.push_async_callback(runner.aclose)
+        transport = make_transport(config.transfer.transport, clock, config.transfer.host)
+        closing.push_async_callback(transport.aclose)
+        receiver = Receiver(runner.storage, clock, emit)
+        kv_address = await transport.listen(receiver)
+        engine = Engine(config.engine, runner, clock, loaded.fingerprint)
+        index = _index(config, clock)
+        if index is not None:
+            closing.push_async_callback(index.aclose)
+        worker = Worker(
+            _record(config, runner, loaded.fingerprint, transport, engine),
+            engine,
+            clock,
+            emit,
+            index=index,
+            lease_s=config.index.lease_s,
+            heartbeat_s=config.heartbeat_s,
+        )
+        handlers: Handlers = {}
+        if Role.DECODE in config.roles:
+            decode = DecodeService(
+                worker, receiver, transport.name, kv_address, config.transfer, clock, emit,
+                heartbeat_s=config.heartbeat_s,
+            )  # fmt: skip
+            handlers |= decode.handlers()
+        if Role.PREFILL in config.roles:
+            prefill = PrefillService(worker, runner.storage, transport, config.transfer, clock, emit)
+            closing.push_async_callback(prefill.aclose)
+            handlers |= prefill.handlers()
+        metrics_port = await closing.enter_async_context(_metrics(config, worker, transport))
+        event(log, "KV blocks travel over this transport", transport=transport.name, address=kv_address)
+        await worker.serve(
+            GrpcRpc(clock),
+            f"{config.host}:{config.port}",
+            handlers,
+            stop=stop,
+            grace_s=config.stop_grace_s,
+            ready=lambda record: ready(_shown(record, metrics_port)),
+        )
+
+
+def _index(config: WorkerConfig, clock: Clock) -> PrefixIndex | None:
+    """None: routers watch this worker directly."""
+    if config.index.index == "memory":
+        return None
+    return RedisIndex(config.index.redis_url, config.index.namespace, clock)
+
+
+def _record(
+    config: WorkerConfig, runner: TorchModelRunner, fingerprint: str, transport: Transport, engine: Engine
+) -> WorkerRecord:
+    layout = runner.storage.layout
+    return WorkerRecord(
+        worker_id=WorkerId(
+            config.worker_id or f"{config.roles[0].value}-{socket.gethostname()}-{os.getpid()}"
+        ),
+        incarnation=uuid.uuid4().hex,
+        roles=config.roles,
+        address="",  # known once the server is bound
+        transports=(transport.name,),
+        model=config.model.model,
+        fingerprint=fingerprint,
+        block_size=layout.block_size,
+        num_blocks=runner.storage.num_blocks,
+        max_model_len=engine.max_model_len,
+        kv_block_bytes=layout.block_bytes,
+    )
+
+
+def _default_id(config: WorkerConfig) -> str:
+    return f"{config.roles[0].value}-{socket.gethostname()}-{os.getpid()}"
+
+
+def _shown(record: WorkerRecord, metrics_port: int | None) -> dict[str, Any]:
+    return {
+        "address": record.address,
+        "worker_id": record.worker_id,
+        "roles": [role.value for role in record.roles],
+        "transport": record.transports[0],
+        "model": record.model,
+        "num_blocks": record.num_blocks,
+        "metrics_port": metrics_port,
+    }
+
+
+@contextlib.asynccontextmanager
+async def _metrics(config: WorkerConfig, worker: Worker, transport: Transport) -> AsyncIterator[int | None]:
+    """Counts the engine's steps; serves them over HTTP if a port is configured."""
+    registry = CollectorRegistry()
+    metrics = WorkerMetrics(registry)
+    metrics.set_transport(transport.name)
+
+    def on_step(output: StepOutput) -> None:
+        engine, load = worker.engine, worker.engine.load()
+        used = engine.num_used_blocks
+        metrics.set_blocks(used=used, free=engine.num_blocks - used, total=engine.num_blocks)
+        metrics.set_requests(running=load.num_running, waiting=load.num_waiting)
+        if output.num_tokens:
+            num_output = sum(len(row.token_ids) for row in output.outputs)
+            metrics.observe_step(
+                output.seconds,
+                num_prompt_tokens=max(0, output.num_tokens - num_output),
+                num_output_tokens=num_output,
+            )
+
+    worker.listen(on_step)
+    if config.metrics_port is None:
+        yield None
+    else:
+        async with serve_metrics(config.host, config.metrics_port, registry) as port:
+            yield port

@@ -1,0 +1,134 @@
+"""Real processes that die, hang and come back: the client hears of it, nobody leaks, and it goes on."""
+
+import asyncio
+import json
+import random
+import signal
+import time
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from baton.demo_task import recall_prompt
+from stack import Stack, running_stack, until
+
+CLEAR_S = 2.0  # the client has heard by then
+
+
+async def ask(stack: Stack, num_pairs: int = 20, seed: int = 0) -> bool:
+    """One recall question; True when the answer is right. Raises what went wrong."""
+    text, expected = recall_prompt(random.Random(seed), num_pairs)
+    body = {
+        "model": "test",
+        "messages": [{"role": "user", "content": text}],
+        "temperature": 0,
+        "max_tokens": 16,
+    }
+    async with httpx.AsyncClient(base_url=stack.base_url, timeout=30) as client:
+        answer = await client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["message"]["content"].strip() == expected
+
+
+async def stream_events(stack: Stack, prompt: list[int], max_tokens: int) -> AsyncIterator[dict[str, object]]:
+    body = {
+        "model": "test", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
+        "ignore_eos": True, "stream": True, "return_token_ids": True,
+    }  # fmt: skip
+    async with (
+        httpx.AsyncClient(base_url=stack.base_url, timeout=60) as client,
+        client.stream("POST", "/v1/completions", json=body) as response,
+    ):
+        if response.status_code != 200:
+            await response.aread()
+            yield json.loads(response.text)
+            return
+        async for line in response.aiter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                yield json.loads(line[6:])
+
+
+async def collect(stack: Stack, num_prompt: int, max_tokens: int, started: asyncio.Event) -> tuple[list[dict], float]:  # fmt: skip
+    prompt = [5 + i % 200 for i in range(num_prompt)]
+    events = []
+    async for event in stream_events(stack, prompt, max_tokens):
+        events.append(event)
+        if "choices" in event:
+            started.set()
+    return events, time.monotonic()
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[Stack]:
+    async with running_stack() as stack:
+        assert await ask(stack)
+        yield stack
+
+
+async def test_decode_worker_killed_mid_stream(stack: Stack) -> None:
+    started = asyncio.Event()
+    client = asyncio.create_task(collect(stack, 300, 3000, started))
+    await asyncio.wait_for(started.wait(), 30)
+    killed_s = time.monotonic()
+    await stack.kill("decode-0")
+    events, heard_s = await client
+    assert heard_s - killed_s < CLEAR_S
+    error = events[-1]["error"]
+    assert error["code"] == "worker_lost"
+    assert "decode" in error["message"]
+    await stack.until_nothing_is_used("prefill-0")
+    await stack.start("decode-0")
+    await stack.until_ready(2)
+    assert await ask(stack)
+    await stack.until_nothing_is_used("prefill-0", "decode-0")
+
+
+async def test_prefill_worker_killed_in_prefill(stack: Stack) -> None:
+    await stack.signal("prefill-0", signal.SIGSTOP)  # it accepts the call and never computes
+    client = asyncio.create_task(collect(stack, 2000, 10, asyncio.Event()))
+    await until(lambda: _num_used(stack, "decode-0"), True, "blocks reserved on decode-0")
+    killed_s = time.monotonic()
+    await stack.kill("prefill-0")
+    events, heard_s = await client
+    assert heard_s - killed_s < CLEAR_S
+    assert events[-1]["error"]["code"] == "worker_lost"
+    assert "prefill" in events[-1]["error"]["message"]
+    await stack.until_nothing_is_used("decode-0")
+    await stack.start("prefill-0")
+    await stack.until_ready(2)
+    assert await ask(stack)
+
+
+async def _num_used(stack: Stack, name: str) -> bool:
+    return (await stack.status(name)).num_used_blocks > 0
+
+
+async def test_a_client_that_disconnects_cancels_on_both_workers(stack: Stack) -> None:
+    for num_prompt, wait_for_tokens in ((2000, False), (200, True)):
+        started = asyncio.Event()
+        client = asyncio.create_task(collect(stack, num_prompt, 3000, started))
+        if wait_for_tokens:
+            await asyncio.wait_for(started.wait(), 30)
+        else:
+            await until(lambda: _num_used(stack, "decode-0"), True, "blocks reserved on decode-0")
+        client.cancel()
+        await asyncio.gather(client, return_exceptions=True)
+        await stack.until_nothing_is_used("prefill-0", "decode-0")
+    assert await ask(stack)
+
+
+async def test_redis_stops_and_comes_back(stack: Stack) -> None:
+    assert stack.redis is not None
+    stack.redis.kill()
+    for seed in range(5):
+        assert await ask(stack, seed=seed)
+    stack.redis.start()
+    async with httpx.AsyncClient(base_url=stack.base_url) as client:
+
+        async def index_is_back() -> bool:
+            return (await client.get("/health")).json()["index"]["healthy"]
+
+        await until(index_is_back, True, "the index is healthy")
+    assert await ask(stack, seed=9)
+    await stack.until_nothing_is_used("prefill-0", "decode-0")
