@@ -17,6 +17,9 @@ from annotated_types import Ge, Interval, Predicate
 from baton.errors import ConfigError
 from baton.messages import Role
 
+# `baton up` hands its children one end of a socket pair in this variable; no setting.
+SUPERVISOR_FD = "BATON_SUPERVISOR_FD"
+
 
 def a_power_of_two(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0
@@ -63,7 +66,7 @@ class TransferConfig:
 @dataclass(frozen=True)
 class IndexConfig:
     index: Literal["redis", "memory"] = "redis"  # where the fleet and its prefix blocks are known
-    redis_url: str = "redis://127.0.0.1:6379/0"  # also rediss:// and unix://
+    redis_url: str = "redis://127.0.0.1:6379/0"  # redis://, rediss:// or unix://
     namespace: str = "default"  # fleets with other namespaces do not see each other
     lease_s: Seconds = 10.0  # a worker that does not renew for this long is gone
 
@@ -79,6 +82,7 @@ class WorkerConfig:
     advertise_host: str | None = None  # address that peers connect to, when it is another
     metrics_port: Port | None = None  # plain HTTP /metrics; none when absent
     heartbeat_s: Seconds = 1.0  # between two signs of life on a session that has nothing to say
+    stop_grace_s: Seconds = 10.0  # after SIGTERM, for running requests to end
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
@@ -128,6 +132,11 @@ class Setting(NamedTuple):
     type: Any  # with the constraints, as `Annotated`
     default: Any
     doc: str
+
+
+def flag(path: str) -> str:
+    """`--block-size` for `engine.block_size`; a flag that may be repeated has a singular name."""
+    return "--role" if path == "roles" else "--" + path.rpartition(".")[2].replace("_", "-")
 
 
 @functools.cache

@@ -20,14 +20,22 @@ from typing import Any, NamedTuple, TypeVar, get_origin
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from baton.config import LogConfig, RouterConfig, Setting, UpConfig, WorkerConfig, describe
+from baton.config import (
+    SUPERVISOR_FD,
+    LogConfig,
+    RouterConfig,
+    Setting,
+    UpConfig,
+    WorkerConfig,
+    describe,
+    flag,
+)
 from baton.errors import ConfigError
 
 C = TypeVar("C", bound=Hashable)
 
 ENV_PREFIX = "BATON_"
 LOG_PREFIX = "BATON_LOG_"
-SUPERVISOR_FD = "BATON_SUPERVISOR_FD"  # `baton up` hands its children one end of a socket pair in it
 
 
 class Given(NamedTuple):
@@ -52,11 +60,6 @@ def load_log(env: Mapping[str, str], overrides: Mapping[str, Any]) -> LogConfig:
     given = {s.path: Given(env.get(_log_env(s)), _log_env(s), from_text=True) for s in describe(LogConfig)}
     given |= {path: Given(value, f"--log-{path}") for path, value in overrides.items() if value is not None}
     return _configured(LogConfig, {path: g for path, g in given.items() if g.value})
-
-
-def flag(path: str) -> str:
-    """`--block-size` for `engine.block_size`."""
-    return "--" + path.rpartition(".")[2].replace("_", "-")
 
 
 def env_name(path: str) -> str:

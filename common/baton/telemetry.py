@@ -27,16 +27,21 @@ STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 TRANSFER_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
-def configure_logging(config: LogConfig, component: str, stream: TextIO | None = None) -> None:
+def configure_logging(
+    config: LogConfig, component: str, stream: TextIO | None = None, *, show_component: bool = True
+) -> None:
     """Send every record of this process to `stream` (default: stdout). Replaces what was configured before.
 
-    `component` names the process, such as "prefill-0"; in text it is left out where it is empty.
+    `component` names the process, such as "prefill-0". Text can go without it, where a supervisor
+    puts it in front.
     """
     out = sys.stdout if stream is None else stream
     as_text = config.format == "text" or (config.format == "auto" and out.isatty())
     handler = logging.StreamHandler(out)
     handler.setFormatter(
-        TextFormatter(component, color=wants_color(out)) if as_text else JsonFormatter(component)
+        TextFormatter(component if show_component else "", color=wants_color(out))
+        if as_text
+        else JsonFormatter(component)
     )
     logging.basicConfig(level=config.level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
