@@ -9,7 +9,23 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from baton.engine.detokenizer import REPLACEMENT, Delta, StopStrings, TextStream, TokenText
 from baton.request import FinishReason
 
-WORDS = "the river lamp oslo größe 東京 hello world don't naïve 👍🏽 a , . ! 12 '".split()
+WORDS = (
+    "the",
+    "river",
+    "lamp",
+    "größe",
+    "東京",
+    "hello",
+    "don't",
+    "naïve",
+    "👍🏽",
+    "a",
+    ",",
+    ".",
+    "!",
+    "12",
+    "'",
+)
 CORPUS = [" ".join(random.Random(i).choices(WORDS, k=30)) for i in range(60)]
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 NUM_SEQUENCES = 2000
@@ -89,7 +105,7 @@ TOKENIZERS: dict[str, tuple[Callable[[], Tokenizer], str]] = {
 
 
 def _random_ids(rng: random.Random, tokenizer: Tokenizer) -> list[int]:
-    """Also ids that no token has, and runs from one corner of the vocabulary, where byte and special tokens are."""
+    """Also ids that no token has, and runs from one corner of the vocabulary: byte tokens, special ones."""
     size = tokenizer.get_vocab_size() + 3
     low = rng.choice([0, 0, size // 2, max(0, size - 10)])
     high = rng.choice([size, size, min(size, low + 40)])

@@ -1,15 +1,15 @@
-"""Text from token ids while they arrive: what `decode(all ids, skip_special_tokens=True)` would say, in parts.
+"""Text from token ids while they arrive: in parts, what `decode(ids, skip_special_tokens=True)` says of all.
 
     TokenText       one per tokenizer: knows how a token's text depends on its neighbours, makes the streams
     TextStream      one per request: token ids in, text that can no longer change out
 
-Concatenated, the parts of a stream equal the full decode: a character that is still missing bytes is held back, as is
+Concatenated, the parts equal the full decode: a character that is still missing bytes is held back, as is
 text that may be the beginning of a stop string. Three kinds of tokenizer, told apart by their decoder:
 
-    byte level      a token is some bytes; the bytes of all tokens are one UTF-8 text (GPT-2, Llama 3, Qwen, ...)
-    pieces          a token is a text of its own, except at the very start and for runs of byte tokens, which decode
-                    together or not at all (Llama 2, Gemma, Metaspace, WordPiece, word level)
-    anything else   the last tokens are decoded again together with the new ones, and the difference is emitted
+    bytes     a token is some bytes; the bytes of all tokens are one UTF-8 text (GPT-2, Llama 3, Qwen, ...)
+    pieces    a token is a text of its own, except at the very start and for runs of byte tokens, which
+              decode together or not at all (Llama 2, Gemma, Metaspace, WordPiece, word level)
+    window    else: the last tokens are decoded again with the new ones, and the difference is emitted
 """
 
 import codecs
@@ -66,8 +66,8 @@ class TokenText:
 
 
 class TextStream:
-    """One request's output. A stop string ends the text before it, wherever token borders fall; the token that
-    completed it is the last one counted. The token that ended a request (`stop_ids`) has no text."""
+    """One request's output. A stop string ends the text before it, wherever token borders fall; the token
+    that completed it is the last one counted. The token that ended a request (`stop_ids`) has no text."""
 
     def __init__(self, detokenizer: Detokenizer, stop: Sequence[str], stop_ids: frozenset[int]) -> None:
         self._detokenizer = detokenizer
@@ -75,7 +75,7 @@ class TextStream:
         self._stop_ids = stop_ids
 
     def push(self, token_ids: tuple[int, ...], finish_reason: FinishReason | None) -> Delta:
-        """After a finish reason was returned, which may come earlier than the caller's, nothing may be pushed."""
+        """The first finish reason returned, which a stop string may bring before the caller's, is the end."""
         if self._stop is not None:
             return self._push_until_stop(self._stop, token_ids, finish_reason)
         text = self._detokenizer.push(self._visible(token_ids, finish_reason))
@@ -106,9 +106,9 @@ class TextStream:
 
 
 class StopStrings:
-    """Searches a text that arrives in parts for the stop string that is complete first (the longest of those that
-    end at the same character), and holds back what may be the beginning of one. The result does not depend on how
-    the text was cut into parts."""
+    """Searches a text that arrives in parts for the stop string that is complete first (the longest of those
+    that end at the same character), and holds back what may be the beginning of one. The result does not
+    depend on how the text was cut into parts."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
@@ -177,8 +177,8 @@ class _ByteLevelDetokenizer:
 
 
 class _PieceTable(dict[int, str | int | None]):
-    """token id -> its text after other text, or the value of a byte token, or None for what the decoder never sees
-    (special and unknown tokens); filled on first use."""
+    """token id -> its text after other text, or the value of a byte token, or None for what the decoder never
+    sees (special and unknown tokens); filled on first use."""
 
     def __init__(self, tokenizer: Tokenizer, special_ids: frozenset[int]) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class _PieceDetokenizer:
         self._table = table
         self._head: (
             list[int] | None
-        ) = []  # ids so far; None once there is text, when a token's text is its piece
+        ) = []  # ids so far; None once there is text: from then on pieces are right
         self._run = bytearray()
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -299,7 +299,7 @@ def _byte_value(token: str) -> int | None:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The inverse of GPT-2's table: printable bytes stand for themselves, the others are moved up from U+0100."""
+    """The inverse of GPT-2's table: printable bytes stand for themselves, the others from U+0100 upwards."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(moved)}
