@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
+from redis_server import RedisServer
 
+from baton.clock import SystemClock
 from baton.config import EngineConfig, IndexConfig, LogConfig, ModelConfig, TransferConfig, UpConfig
 from baton.messages import StatusCall, WorkerStatus
 from baton.rpc import STATUS_GET, GrpcRpc
-from baton.clock import SystemClock
 from baton_cli import plan
 from baton_cli.supervisor import Child, ChildSpec, Supervisor
-from redis_server import RedisServer
 
 START_S = 120.0
 SETTLE_S = 30.0

@@ -120,7 +120,7 @@ def test_a_worker_killed_at_any_stage_fails_its_requests_clearly_and_frees_the_o
                 assert role is Role.PREFILL
                 assert tokens == right_answer(config, request)
             await assert_all_given_back(fleet)
-            await fleet.start_worker(role)
+            await fleet.start(role)
             await fleet.ready()
             again = make_request("again", 280, 20)
             assert await fleet.ask(again) == right_answer(config, again)
@@ -153,7 +153,7 @@ def test_kills_and_restarts_under_load_never_give_a_wrong_token() -> None:
                         victim = rng.choice(sorted(fleet.workers))
                         role = fleet.workers[victim].record.roles[0]
                         await fleet.kill(victim)
-                        await fleet.start_worker(role)
+                        await fleet.start(role)
             await assert_all_given_back(fleet)
 
     clock.run(main())

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
+from stack import Stack, running_stack, until
 
 from baton.demo_task import recall_prompt
-from stack import Stack, running_stack, until
 
 CLEAR_S = 2.0  # the client has heard by then
 

@@ -11,29 +11,20 @@ import hashlib
 import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from baton.clock import Clock, VirtualClock
 from baton.config import EngineConfig, RouterConfig, TransferConfig
 from baton.engine.batch import Batch, BatchRow
-from baton.engine.engine import Engine
-from baton.engine.worker import Worker
 from baton.errors import BatonError
 from baton.events import EventLines
-from baton.index.memory import MemoryIndex
 from baton.kv.block import num_blocks_for
 from baton.kv.layout import KVLayout, LayerLayout
-from baton.messages import Role, WorkerRecord
+from baton.messages import Role
 from baton.request import BlockId, Request, RequestId, SamplingParams, WorkerId
-from baton.rpc import InprocNetwork as RpcNetwork
-from baton.rpc import InprocRpc
+from baton.rpc import InprocRpcNetwork
 from baton.transfer.inproc import InprocNetwork, InprocTransport
-from baton_decode.receive import Receiver
-from baton_decode.service import DecodeService
-from baton_prefill.service import PrefillService
-from baton_router.fleet import Fleet
-from baton_router.mirror import PrefixMirror
-from baton_router.pipeline import Pipeline
+from baton_loadtest.local_fleet import LocalFleet, LocalWorker
 
 VOCAB_SIZE = 997
 KV_BYTES_PER_TOKEN = 16  # per layer
@@ -155,150 +146,51 @@ class FleetConfig:
         return KVLayout(self.engine.block_size, (layer,) * self.num_layers, "uint8", 1)
 
 
-@dataclass
-class SimulatedWorker:
-    """One worker 'process': cancelling `running` after cutting its network is its SIGKILL."""
-
-    worker: Worker
-    engine: Engine
-    receiver: Receiver
-    record: WorkerRecord
-    kv_address: str
-    running: asyncio.Task[None]
-    stop: asyncio.Event
-
-
-class SimulatedFleet:
-    """Everything that runs, and the switches of its network."""
+class SimulatedFleet(LocalFleet):
+    """A LocalFleet of fake models on a simulated network."""
 
     def __init__(self, config: FleetConfig, clock: VirtualClock) -> None:
         self.config = config
-        self.clock = clock
         self.events = EventLines(clock)
-        self.rng = random.Random(config.seed)
-        self.rpc_network = RpcNetwork(clock, config.seed, latency_s=config.rpc_latency_s)
         self.kv_network = InprocNetwork(
             clock, config.seed, latency_s=config.link_latency_s, bytes_per_s=config.link_bytes_per_s
         )
-        self.index = MemoryIndex(clock)
-        self.mirror = PrefixMirror(clock)
-        self.fleet = Fleet(
-            config.router, InprocRpc(self.rpc_network, clock), self.mirror, self.index, clock, self.events
+        super().__init__(
+            clock,
+            InprocRpcNetwork(clock, config.seed, latency_s=config.rpc_latency_s),
+            self.events,
+            router=config.router,
+            engine=config.engine,
+            transfer=config.transfer,
+            index_lease_s=config.index_lease_s,
+            seed=config.seed,
         )
-        self.pipeline = Pipeline(
-            config.router, self.fleet, clock, random.Random(config.seed + 1), self.events
-        )
-        self.workers: dict[WorkerId, SimulatedWorker] = {}
-        self._num_started = 0
 
-    async def start_worker(self, role: Role) -> SimulatedWorker:
-        config, clock = self.config, self.clock
-        self._num_started += 1
-        name = WorkerId(f"{role.value}-{self._num_started}")
-        layout = config.layout
-        storage = FakeStorage(layout, config.engine.num_blocks or 256)
-        runner = FakeModelRunner(storage, clock, config.speed, config.max_model_len)
-        fingerprint = f"fake/{layout.describe()}"
-        engine = Engine(config.engine, runner, clock, fingerprint)
-        transport = InprocTransport(self.kv_network, clock, f"kv://{name}")
-        receiver = Receiver(storage, clock, self.events)
-        kv_address = await transport.listen(receiver)
-        record = WorkerRecord(
-            worker_id=name,
-            incarnation=f"{name}.1",
-            roles=(role,),
-            address="",
-            transports=(transport.name,),
-            model="fake",
-            fingerprint=fingerprint,
-            block_size=layout.block_size,
-            num_blocks=storage.num_blocks,
-            max_model_len=config.max_model_len,
-            kv_block_bytes=layout.block_bytes,
-        )
-        worker = Worker(
-            record, engine, clock, self.events,
-            index=self.index, lease_s=config.index_lease_s, heartbeat_s=0.5,
-        )  # fmt: skip
-        if role is Role.PREFILL:
-            service = PrefillService(worker, storage, transport, config.transfer, clock, self.events)
-            handlers = service.handlers()
-        else:
-            handlers = DecodeService(
-                worker,
-                receiver,
-                transport.name,
-                kv_address,
-                config.transfer,
-                clock,
-                self.events,
-                heartbeat_s=0.5,
-            ).handlers()
-        stop = asyncio.Event()
-        serving = asyncio.get_running_loop().create_future()
-        running = asyncio.create_task(
-            worker.serve(
-                InprocRpc(self.rpc_network, clock), f"rpc://{name}", handlers,
-                stop=stop, grace_s=5.0, ready=lambda told: serving.set_result(told),
-            )
-        )  # fmt: skip
-        told = await serving
-        simulated = SimulatedWorker(worker, engine, receiver, told, kv_address, running, stop)
-        self.workers[name] = simulated
-        return simulated
+    async def start(self, role: Role) -> LocalWorker:
+        layout = self.config.layout
+        storage = FakeStorage(layout, self.config.engine.num_blocks or 256)
+        runner = FakeModelRunner(storage, self.clock, self.config.speed, self.config.max_model_len)
+        name = self.next_name(role)
+        transport = InprocTransport(self.kv_network, self.clock, f"kv://{name}")
+        return await self.start_worker(name, (role,), runner, transport, f"fake/{layout.describe()}")
 
     async def kill(self, worker_id: WorkerId) -> None:
         """SIGKILL: the network forgets it first, so none of its last words get out."""
-        worker = self.workers.pop(worker_id)
-        self.events("chaos.kill", worker=worker_id)
+        worker = self.workers[worker_id]
         self.rpc_network.kill(worker.record.address)
         self.kv_network.kill(worker.kv_address)
-        worker.running.cancel()
-        await asyncio.gather(worker.running, return_exceptions=True)
-
-    async def ready(self, timeout_s: float = 10.0) -> None:
-        """Until every started worker is linked."""
-        async with self.clock.timeout(timeout_s):
-            while len(self.fleet.ready()) < len(self.workers):
-                await self.clock.sleep(0.05)
-
-    async def ask(self, request: Request, timeout_s: float = 60.0) -> list[int]:
-        """All tokens of one request. Raises what the client would see."""
-        tokens: list[int] = []
-        async for batch in self.pipeline.generate(request, timeout_s=timeout_s):
-            for item in batch:
-                assert item.first_index == len(tokens), (
-                    f"{request.request_id}: a token is missing or came twice"
-                )
-                tokens.extend(item.token_ids)
-        return tokens
-
-    def check_conservation(self) -> None:
-        """Every worker's pool adds up, whatever happened."""
-        for worker in self.workers.values():
-            worker.engine.check_integrity()
-
-    def num_used_blocks(self) -> dict[WorkerId, int]:
-        return {worker_id: worker.engine.num_used_blocks for worker_id, worker in self.workers.items()}
+        await self.end_worker(worker_id)
 
 
 @asynccontextmanager
 async def running_fleet(config: FleetConfig, clock: VirtualClock) -> AsyncGenerator[SimulatedFleet, None]:
     fleet = SimulatedFleet(config, clock)
-    routing = asyncio.create_task(fleet.fleet.run())
-    try:
+    async with fleet.routing():
         for role, number in ((Role.PREFILL, config.num_prefill), (Role.DECODE, config.num_decode)):
             for _ in range(number):
-                await fleet.start_worker(role)
+                await fleet.start(role)
         await fleet.ready()
         yield fleet
-    finally:
-        for worker in fleet.workers.values():
-            worker.stop.set()
-        await asyncio.gather(*(worker.running for worker in fleet.workers.values()), return_exceptions=True)
-        routing.cancel()
-        await asyncio.gather(routing, return_exceptions=True)
-        await fleet.index.aclose()
 
 
 @dataclass(frozen=True)
@@ -322,7 +214,7 @@ def simulate(
     max_prompt_tokens: int = 200,
     max_output_tokens: int = 40,
 ) -> SimulationResult:
-    """Poisson arrivals at `rate` per second for `duration_s` of virtual time, each answer held against the truth."""
+    """Poisson arrivals at `rate` per second for `duration_s` of virtual time; answers are checked."""
     clock = VirtualClock()
     return clock.run(_simulate(config, clock, duration_s, rate, max_prompt_tokens, max_output_tokens))
 
@@ -367,7 +259,3 @@ async def _simulate(
     return SimulationResult(
         number, outcomes.count("right"), outcomes.count("failed"), now, tuple(fleet.events.lines)
     )
-
-
-def with_seed(config: FleetConfig, seed: int) -> FleetConfig:
-    return replace(config, seed=seed)

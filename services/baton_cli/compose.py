@@ -83,7 +83,14 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
             stop=stop,
             grace_s=config.stop_grace_s,
             ready=lambda record: ready(_shown(record, metrics_port)),
+            advertise_host=_advertise_host(config.host, config.advertise_host),
         )
+
+
+def _advertise_host(bound: str, configured: str | None) -> str | None:
+    """None: peers use the address bound. A wildcard is no address: then it is the name of this host, which other
+    containers of the same network resolve."""
+    return configured or (socket.gethostname() if bound in ("0.0.0.0", "::", "[::]") else None)
 
 
 def _index(config: WorkerConfig, clock: Clock) -> PrefixIndex | None:

@@ -78,6 +78,7 @@ class Worker:
         self._heartbeat_s = heartbeat_s
         self._listeners: list[StepListener] = []
         self._subscribers: list[_Changes] = []
+        self._progress = asyncio.Event()  # a step ended, or blocks came back between steps
         self.index_reachable = index is not None
 
     @property
@@ -102,16 +103,26 @@ class Worker:
         admitted = self.engine.admit()
         if admitted:
             self._tell(StepOutput(outputs=(), admitted=admitted, num_tokens=0, seconds=0.0))
+        self._progress.set()
         self._note_blocks()
 
     async def serve(
-        self, rpc: Rpc, address: str, handlers: Handlers, *, stop: asyncio.Event, grace_s: float, ready: Ready
+        self,
+        rpc: Rpc,
+        address: str,
+        handlers: Handlers,
+        *,
+        stop: asyncio.Event,
+        grace_s: float,
+        ready: Ready,
+        advertise_host: str | None = None,
     ) -> None:
         """From binding the address to giving everything back: serve until `stop` is set, then take no new work, let
-        what runs end for `grace_s` seconds, leave the index and close."""
+        what runs end for `grace_s` seconds, leave the index and close. `advertise_host` is how peers reach this host
+        when it is not by the address bound."""
         server = await rpc.serve(address, {**self.status_handlers(), **handlers})
         try:
-            self._record = replace(self._record, address=server.address)
+            self._record = replace(self._record, address=_advertised(server.address, advertise_host))
             running = asyncio.create_task(self.run())
             stopping = asyncio.create_task(stop.wait())
             server.set_serving(True)
@@ -135,7 +146,9 @@ class Worker:
         self.drain()
         try:
             async with self._clock.timeout(grace_s):
-                await self.engine.wait_idle()
+                while self.engine.num_sequences:
+                    self._progress.clear()
+                    await self._progress.wait()
         except TimeoutError:
             self._emit("worker.stopped_busy", worker=self._record.worker_id)
 
@@ -161,6 +174,7 @@ class Worker:
             self._note_blocks()
 
     def _tell(self, output: StepOutput) -> None:
+        self._progress.set()
         for listener in tuple(self._listeners):
             listener(output)
 
@@ -241,3 +255,7 @@ class Worker:
                 await self._clock.sleep(_COALESCE_S)
         except TimeoutError:
             pass
+
+
+def _advertised(address: str, host: str | None) -> str:
+    return address if host is None else f"{host}:{address.rpartition(':')[2]}"

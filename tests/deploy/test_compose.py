@@ -1,0 +1,128 @@
+"""compose.yaml and the Dockerfile say only what the code has: commands, settings, ports, health checks."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from baton.config import RouterConfig, WorkerConfig
+from baton.settings import load
+from baton_cli.main import app
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
+DOCKERFILE = (ROOT / "services" / "Dockerfile").read_text().replace("\\\n", " ")
+CONFIGS = {"router": RouterConfig, "prefill": WorkerConfig, "decode": WorkerConfig}
+
+
+def stage(name: str) -> list[tuple[str, str]]:
+    """(instruction, arguments) of one build stage and of those it is built from."""
+    stages: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+    for line in DOCKERFILE.splitlines():
+        instruction, _, arguments = line.strip().partition(" ")
+        if instruction == "FROM":
+            base, _, current = arguments.partition(" AS ")
+            stages[current] = (base, [])
+        elif instruction.isupper() and stages:
+            stages[current][1].append((instruction, arguments.strip()))
+    base, lines = stages[name]
+    return (stage(base) if base in stages else []) + lines
+
+
+def image_env(name: str) -> dict[str, str]:
+    pairs = (shlex.split(arguments) for instruction, arguments in stage(name) if instruction == "ENV")
+    return dict(pair.split("=", 1) for line in pairs for pair in line)
+
+
+def resolved(value: object) -> str:
+    """Compose's ${NAME:-default} with nothing set."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(value))
+
+
+def environment(service: str) -> dict[str, str]:
+    target = COMPOSE["services"][service]["build"]["target"]
+    own = {name: resolved(value) for name, value in COMPOSE["services"][service]["environment"].items()}
+    return image_env(target) | own
+
+
+def test_compose_follows_the_schema() -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*command, ROOT / "compose.yaml"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_it_runs_the_processes_of_up() -> None:
+    assert set(COMPOSE["services"]) == {"redis", "router", "prefill", "decode"}
+
+
+@pytest.mark.parametrize("service", CONFIGS)
+def test_every_variable_is_a_setting_with_a_valid_value(service: str) -> None:
+    env = {name: value for name, value in environment(service).items() if name.startswith("BATON_")}
+    config = load(CONFIGS[service], file=None, env=env, overrides={})
+    assert config.index.redis_url == "redis://redis:6379/0"
+    assert config.host == "0.0.0.0"
+
+
+@pytest.mark.parametrize("service", CONFIGS)
+def test_every_command_is_one_of_baton(service: str) -> None:
+    target = COMPOSE["services"][service]["build"]["target"]
+    default = next(json.loads(a) for i, a in reversed(stage(target)) if i == "CMD")
+    arguments = COMPOSE["services"][service].get("command", default)
+    assert ("ENTRYPOINT", '["baton"]') in stage(target)
+    done = CliRunner().invoke(app, [*arguments, "--help"])
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("target", ["router", "worker"])
+def test_ports_and_health_checks_are_those_of_the_settings(target: str) -> None:
+    env = image_env(target)
+    config = load(
+        RouterConfig if target == "router" else WorkerConfig,
+        file=None,
+        env={k: v for k, v in env.items() if k.startswith("BATON_")},
+        overrides={},
+    )
+    ports = [config.port, config.grpc_port if isinstance(config, RouterConfig) else config.metrics_port]
+    exposed = next(arguments.split() for instruction, arguments in stage(target) if instruction == "EXPOSE")
+    assert exposed == [str(port) for port in ports]
+    check = next(arguments for instruction, arguments in stage(target) if instruction == "HEALTHCHECK")
+    command = json.loads(check.partition("CMD ")[2])
+    assert command[:2] == ["baton", "probe"]
+    assert f":{config.port}" in command[2]
+    assert CliRunner().invoke(app, ["probe", "--help"]).exit_code == 0
+
+
+def test_the_published_port_is_the_routers() -> None:
+    assert COMPOSE["services"]["router"]["ports"] == [
+        f"127.0.0.1:{RouterConfig().port}:{RouterConfig().port}"
+    ]
+
+
+@pytest.mark.parametrize("service", CONFIGS)
+def test_containers_are_locked_down(service: str) -> None:
+    settings = COMPOSE["services"][service]
+    assert settings["read_only"] is True
+    assert settings["cap_drop"] == ["ALL"]
+    target = settings["build"]["target"]
+    assert ("USER", "10001:10001") in stage(target)
+    assert all("build-essential" not in arguments for _, arguments in stage(target))
+
+
+def test_what_the_build_copies_is_there_and_not_ignored() -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for instruction, arguments in stage("build-router"):
+        if instruction == "COPY":
+            for source in arguments.split()[:-1]:
+                assert (ROOT / source).exists()
+                assert source in allowed
+
+
+def test_the_router_image_has_no_torch() -> None:
+    installs = [arguments for instruction, arguments in stage("build-router") if "pip install" in arguments]
+    assert installs == ["python -m venv /opt/baton && /opt/baton/bin/pip install ."]
