@@ -699,8 +699,36 @@ class TestRedis:
             await view.until_held({W1: set(CHAIN)})
             redis.unlink(f"{{{NAMESPACE}}}:blk:{W1}:a")
             assert await index.publish(W1, "a", CHAIN[:1], []) is False
-            await join(index, record_of(W1), CHAIN[:2])
+            assert await index.renew(record_of(W1), lease_s=LONG_S) is False
+            await view.until_held({W1: set()})
+            assert await index.publish(W1, "a", CHAIN[:2], [], snapshot=True)
             await view.until_held({W1: set(CHAIN[:2])})
+
+    async def test_an_upload_cut_in_two_by_a_flush_is_not_taken_for_a_snapshot(
+        self, index: RedisIndex, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await join(index, record_of(W1))
+        ask, trips = index._server.ask, 0
+
+        async def flushed_under_way(*commands: tuple[object, ...], **options: bool) -> list[object]:
+            nonlocal trips
+            trips += 1
+            if trips == 2:
+                redis.flushall()
+                await index.renew(record_of(W1), lease_s=LONG_S)
+            return await ask(*commands, **options)
+
+        monkeypatch.setattr(index._server, "ask", flushed_under_way)
+        many = blocks(20_000)
+        assert await index.publish(W1, "a", many, [], snapshot=True) is False
+        assert await index.publish(W1, "a", many, [], snapshot=True) is True
+        assert await index.match(many, [W1]) == {W1: 20_000}
+
+    async def test_record_and_blocks_live_equally_long(self, index: RedisIndex, redis: Redis) -> None:
+        await join(index, record_of(W1), CHAIN)
+        assert await index.renew(record_of(W1), lease_s=10 * LONG_S) is True
+        lives_ms = [redis.pttl(f"{{{NAMESPACE}}}:{key}") for key in (f"pod:{W1}", f"blk:{W1}:a")]
+        assert all(9 * LONG_S * 1000 < life_ms <= 10 * LONG_S * 1000 for life_ms in lives_ms)
 
 
 class TestRedisUrl:
