@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from baton.config import (
     IndexConfig,
@@ -23,6 +24,8 @@ from baton.errors import ConfigError
 from baton.messages import Role
 from baton_cli.supervisor import ChildSpec
 
+REDIS_PORT = 6379
+REDIS_CONNECT_S = 3.0
 UCX_MODULES = ("ucxx", "ucp")  # ucxx, or ucx-py where that is installed
 
 
@@ -30,6 +33,8 @@ def check_machine(config: UpConfig) -> None:
     """The mistakes that can be seen before the first process starts."""
     _check_model(config.model.model)
     _check_transport(config.transfer)
+    if config.index.index == "redis" and config.index.redis_url:
+        _check_redis(config.index.redis_url)
     for port in (config.port, config.grpc_port):
         _check_port(config.host, port)
 
@@ -57,6 +62,26 @@ def _check_transport(config: TransferConfig) -> None:
 
 def ucx_installed() -> bool:
     return any(importlib.util.find_spec(module) is not None for module in UCX_MODULES)
+
+
+def _check_redis(url: str) -> None:
+    """Only whether somebody listens there; the password in the URL is not shown."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("redis", "rediss", "unix"):
+        raise ConfigError(f"--redis-url must begin with redis://, rediss:// or unix://, got {url}")
+    try:
+        host, port = parts.hostname or "127.0.0.1", parts.port or REDIS_PORT
+    except ValueError as error:
+        raise ConfigError(f"--redis-url: {error}") from error
+    try:
+        if parts.scheme == "unix":
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(parts.path)
+        else:
+            socket.create_connection((host, port), timeout=REDIS_CONNECT_S).close()
+    except OSError as error:
+        where = parts.path if parts.scheme == "unix" else f"{host}:{port}"
+        raise ConfigError(f"cannot reach Redis at {where}: {error.strerror or error}") from error
 
 
 def _check_port(host: str, port: int) -> None:
