@@ -121,6 +121,7 @@ class _Session:
         self._by_handle: dict[int, _Job] = {}
         self._out: list[SessionDown] = []
         self._wake = asyncio.Event()
+        self._say(Heartbeat(self._worker.engine.load()))  # a first sign of life: the router waits for it
         self._ending: set[asyncio.Task[None]] = set()
         self._worker.listen(self._on_step)
 

@@ -1,0 +1,173 @@
+"""The hand-over with a real model and real transports, in one process so that both pools can be looked at: the bytes
+are equal on both sides, the tokens equal those of one engine, and a bad byte is noticed."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from baton.transfer.choose import available, make_transport
+
+from baton.clock import SystemClock
+from baton.config import EngineConfig, ModelConfig, RouterConfig, TransferConfig
+from baton.demo_task import recall_prompt
+from baton.engine.model_runner import load_runner
+from baton.errors import TransferError
+from baton.events import EventLines
+from baton.kv.block import num_blocks_for
+from baton.messages import Role
+from baton.model_files import resolve_model
+from baton.request import Request, RequestId, SamplingParams
+from baton.rpc import InprocRpcNetwork
+from baton.tokenizer import Tokenizer, load_tokenizer
+from baton.transfer.wire import PieceHeader
+from baton_loadtest.local_fleet import LocalFleet, LocalWorker
+
+ENGINE = EngineConfig(num_blocks=256, max_num_batched_tokens=64)
+
+
+@asynccontextmanager
+async def fleet_of(transport: str, *roles: tuple[Role, ...]) -> AsyncIterator[LocalFleet]:
+    clock = SystemClock()
+    fleet = LocalFleet(
+        clock,
+        InprocRpcNetwork(clock),
+        EventLines(clock),
+        router=RouterConfig(),
+        engine=ENGINE,
+        transfer=TransferConfig(transport=transport, lease_s=3.0),  # type: ignore[arg-type]
+        index_lease_s=5.0,
+        seed=0,
+    )
+    async with fleet.routing():
+        for role in roles:
+            loaded = load_runner(ModelConfig(model="demo", dtype="float32"), ENGINE, fill_nan=True)
+            wire = make_transport(transport, clock, "127.0.0.1")
+            await fleet.start_worker(fleet.next_name(role[0]), role, loaded.runner, wire, loaded.fingerprint)
+        await fleet.ready()
+        yield fleet
+
+
+PAIR = ((Role.PREFILL,), (Role.DECODE,))
+
+
+def workers(fleet: LocalFleet) -> tuple[LocalWorker, LocalWorker]:
+    prefill = next(w for w in fleet.workers.values() if Role.PREFILL in w.record.roles)
+    decode = next(w for w in fleet.workers.values() if Role.DECODE in w.record.roles)
+    return prefill, decode
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Iterator[Tokenizer]:
+    yield load_tokenizer(Path(resolve_model("demo", None)))
+
+
+def question(tokenizer: Tokenizer, seed: int, num_pairs: int = 40) -> tuple[Request, str]:
+    text, expected = recall_prompt(random.Random(seed), num_pairs)
+    prompt = tuple(tokenizer.encode_chat([{"role": "user", "content": text}]))
+    sampling = SamplingParams(max_tokens=12, temperature=0.0)
+    return Request(RequestId(f"q{seed}"), prompt, sampling, tokenizer.eos_token_ids), expected
+
+
+def answer(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    return tokenizer.decode(tokens).strip()
+
+
+@pytest.mark.parametrize("transport", available())
+async def test_kv_bytes_are_equal_on_both_sides_and_the_answers_right(
+    transport: str, tokenizer: Tokenizer
+) -> None:
+    async with fleet_of(transport, *PAIR) as fleet:
+        prefill, decode = workers(fleet)
+        compared: list[int] = []
+
+        def compare(request: Request) -> None:
+            source, target = (w.engine.sequence(request.request_id) for w in (prefill, decode))
+            assert source is not None and target is not None
+            num_blocks = num_blocks_for(request.num_prompt_tokens, ENGINE.block_size)
+            compared.append(num_blocks)
+            layout = prefill.runner.storage.layout
+            for index in range(num_blocks):
+                left, right = (
+                    bytes(w.runner.storage.region(s.block_table[index], 0, layout.num_layers))
+                    for w, s in ((prefill, source), (decode, target))
+                )
+                assert left == right, f"block {index} of {request.request_id}"
+
+        accept = decode.receiver.go_live
+
+        def accept_after_comparison(request_id: RequestId) -> None:
+            compare(requests[request_id])
+            accept(request_id)
+
+        decode.receiver.go_live = accept_after_comparison  # type: ignore[method-assign]
+        asked = [question(tokenizer, seed, num_pairs=1 + seed * 4) for seed in range(10)]
+        requests = {request.request_id: request for request, _ in asked}
+        answers = await asyncio.gather(*(fleet.ask(request) for request, _ in asked))
+        assert [answer(tokenizer, tokens) for tokens in answers] == [expected for _, expected in asked]
+        assert len(compared) == len(asked)
+        assert set(fleet.num_used_blocks().values()) == {0} or await given_back(fleet)
+
+
+async def given_back(fleet: LocalFleet) -> bool:
+    async with asyncio.timeout(5):
+        while set(fleet.num_used_blocks().values()) != {0}:
+            await asyncio.sleep(0.02)
+    fleet.check_conservation()
+    return True
+
+
+async def test_a_worker_with_both_roles_needs_no_transfer_and_gives_the_same_tokens(
+    tokenizer: Tokenizer,
+) -> None:
+    asked = [question(tokenizer, seed) for seed in range(6)]
+    async with fleet_of("tcp", *PAIR) as fleet:
+        through_a_pair = [await fleet.ask(request) for request, _ in asked]
+    async with fleet_of("tcp", (Role.DECODE,)) as fleet:
+        alone = [await fleet.ask(request) for request, _ in asked]
+    assert through_a_pair == alone
+
+
+async def test_one_corrupted_block_makes_the_answer_wrong(tokenizer: Tokenizer) -> None:
+    """What every other test of right answers rests on: this model sees a single bad block."""
+    async with fleet_of("tcp", *PAIR) as fleet:
+        _, decode = workers(fleet)
+        storage = decode.runner.storage
+        accept = decode.receiver.go_live
+        layers = storage.layout.num_layers
+        asked_block = 0
+
+        def accept_corrupted(request_id: RequestId) -> None:
+            sequence = decode.engine.sequence(request_id)
+            assert sequence is not None
+            block_id, other = sequence.block_table[asked_block], sequence.block_table[asked_block + 1]
+            storage.region(block_id, 0, layers)[:] = storage.region(other, 0, layers)
+            accept(request_id)
+
+        decode.receiver.go_live = accept_corrupted  # type: ignore[method-assign]
+        num_wrong = 0
+        for seed in range(12):
+            request, expected = question(tokenizer, seed, num_pairs=8)  # the block holds several of the pairs
+            num_wrong += answer(tokenizer, await fleet.ask(request)) != expected
+        assert num_wrong >= 2
+
+
+async def test_a_bit_flipped_on_the_wire_never_becomes_a_token(tokenizer: Tokenizer) -> None:
+    async with fleet_of("tcp", *PAIR) as fleet:
+        _, decode = workers(fleet)
+        close = decode.receiver.close
+
+        def close_flipped(header: PieceHeader, error: TransferError | None) -> None:
+            buffers = decode.receiver._expected[header.request_id].buffers[header.sequence]
+            if buffers:
+                buffers[0][7] ^= 16
+            close(header, error)
+
+        decode.receiver.close = close_flipped  # type: ignore[method-assign]
+        request, _ = question(tokenizer, 1)
+        with pytest.raises(TransferError, match="digest"):
+            await fleet.ask(request)
+        assert decode.receiver.num_digest_mismatches >= 1
+        await given_back(fleet)
