@@ -1,0 +1,54 @@
+# Everything runs in .venv, which is made on first use and brought up to date when the dependency lists change.
+#
+#   make run                                   a fleet on this machine, a first request, then serving until Ctrl-C
+#   make run ARGS="--model DIR --prefill 2"    any flag of `baton up`
+#   make test ARGS="tests/test_cli.py -k chat" any argument of pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+# Where the CPU build of torch is, if pip's configured index has only the CUDA build:
+#   make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := common/baton services loadtest kernels
+
+.PHONY: install run test lint proto bench demo-model clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Baton needs Python 3.11 or newer; name one with PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints-cpu.txt -e '.[dev]'
+	@touch $@
+
+run: $(INSTALLED)
+	@exec $(BIN)/baton up --demo-request $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(SOURCES)
+	$(BIN)/lint-imports
+
+proto: $(INSTALLED)
+	$(BIN)/python scripts/gen_proto.py
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_fleet.py $(ARGS)
+
+demo-model: $(INSTALLED)
+	$(BIN)/python scripts/train_demo_model.py --out common/baton/demo_model --seed 0 $(ARGS)
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
