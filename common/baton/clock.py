@@ -51,13 +51,13 @@ class VirtualClock:
     EPOCH = 1767225600.0
 
     def __init__(self) -> None:
-        self._loop = _VirtualLoop()
+        self._selector = _JumpingSelector()
 
     def now(self) -> float:
-        return self._loop.time()
+        return self._selector.now_s
 
     def wall(self) -> float:
-        return self.EPOCH + self._loop.time()
+        return self.EPOCH + self._selector.now_s
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -67,7 +67,7 @@ class VirtualClock:
 
     def run(self, main: Coroutine[Any, Any, T]) -> T:
         """Run to completion. Raises `DeadlockError` when nothing is ready and no timer is set."""
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+        with asyncio.Runner(loop_factory=lambda: _VirtualLoop(self._selector)) as runner:
             return runner.run(main)
 
 
@@ -75,8 +75,8 @@ class DeadlockError(RuntimeError):
     """Everything waits and nothing can ever wake it."""
 
 
-class _JumpingSelector(selectors.DefaultSelector):
-    """Never waits: where a real loop would sleep, the loop's time moves forward instead."""
+class _JumpingSelector(selectors.SelectSelector):
+    """Never waits: where a real loop would sleep, the loop's time moves forward instead. Holds no descriptor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,9 +90,9 @@ class _JumpingSelector(selectors.DefaultSelector):
 
 
 class _VirtualLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._jumping = _JumpingSelector()
-        super().__init__(self._jumping)
+    def __init__(self, selector: _JumpingSelector) -> None:
+        self._jumping = selector
+        super().__init__(selector)
         # Timers closer than this fire together; 0 would let rounding stall the loop just before a timer.
         self._clock_resolution = 1e-9
 

@@ -122,6 +122,7 @@ class Pipeline:
             record.ticket_s = self._clock.now()
             record.transport = ticket.transport
             record.num_cached_tokens_decode = ticket.num_cached_tokens
+            self._confirm(request, ticket)
             call = PrefillCall(request, ticket, min(timeout_s, self._config.prefill_timeout_s))
             result = await _while_alive(attempt, prefill.prefill(call, call.deadline_s))
             record.num_cached_tokens_prefill = result.num_cached_tokens
@@ -187,6 +188,12 @@ class Pipeline:
                 chains[kind] = self._fleet.mirror.match(hashes)
             held[link.record.worker_id] = chains[kind].get(link.record.worker_id, 0)
         return held
+
+    def _confirm(self, request: Request, ticket: Ticket) -> None:
+        """The ticket says what is really held; a worker never counts the block of the last prompt token."""
+        root = root_hash(ticket.fingerprint, ticket.block_size, request.cache_salt)
+        hashes = block_hashes(root, request.prompt_token_ids[:-1], ticket.block_size)
+        self._fleet.mirror.confirm(ticket.worker_id, hashes, ticket.num_cached_tokens // ticket.block_size)
 
     async def _ticket(self, attempt: Attempt) -> Ticket:
         try:

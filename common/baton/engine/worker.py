@@ -186,21 +186,29 @@ class Worker:
     # --- the index ---
 
     async def _register_loop(self, index: PrefixIndex) -> None:
+        """Renew every third of the lease, publish changes in between."""
         changes = self._subscribe()
-        snapshot_due = True
+        snapshot_due, renew_at_s = True, self._clock.now()
         while True:
             try:
-                known = await index.renew(self.record, lease_s=self._lease_s)
-                snapshot_due = snapshot_due or not known
+                if self._clock.now() >= renew_at_s:
+                    renew_at_s = self._clock.now() + self._lease_s / 3
+                    known = await index.renew(self.record, lease_s=self._lease_s)
+                    snapshot_due = snapshot_due or not known
                 if snapshot_due or changes.ready.is_set():
-                    snapshot_due = not await self._publish(index, changes, snapshot_due)
+                    published = await self._publish(index, changes, snapshot_due)
+                    snapshot_due = not published
+                    if not published:
+                        renew_at_s = (
+                            self._clock.now() + self._heartbeat_s
+                        )  # the lease lapsed: soon, not in a spin
                 self._set_reachable(True)
             except Unavailable as error:
                 self._set_reachable(False, error.message)
-                snapshot_due = True
+                snapshot_due, renew_at_s = True, self._clock.now()
                 await self._clock.sleep(self._heartbeat_s)
                 continue
-            await self._wait(changes, self._lease_s / 3)
+            await self._wait(changes, max(0.0, renew_at_s - self._clock.now()))
 
     async def _publish(self, index: PrefixIndex, changes: _Changes, snapshot: bool) -> bool:
         added, removed = changes.take()
