@@ -16,6 +16,8 @@ Who may touch what, and until when:
 - The sink's buffers belong to the transport from `open` until `close`, which is called exactly once for every `open`
   that returned buffers, whatever happens to the peer. After `close` no byte is written any more: only then may the
   receiver give the blocks to another request.
+- A piece whose bytes are not all there PIECE_TIMEOUT_S after `open` is closed with an error, and its connection with
+  it: a sender that hangs does not keep blocks.
 - `open` and `close` are called on the event loop, never at the same time, and must not block.
 - Pieces on one connection arrive in order; several are in flight at once (`MAX_IN_FLIGHT`).
 - Acknowledged means: the bytes are in the sink's buffers and `close` accepted them.
@@ -29,6 +31,7 @@ from baton.errors import TransferError
 from baton.transfer.wire import PieceHeader
 
 MAX_IN_FLIGHT = 4  # pieces per connection that wait for their acknowledgement
+PIECE_TIMEOUT_S = 15.0  # longer than a healthy sender waits for the acknowledgement
 
 
 class PieceSink(Protocol):

@@ -1,0 +1,61 @@
+"""What goes around pieces on a byte stream: the greeting, and the receiver's answer to each piece.
+
+hello    magic, wire version: both sides send one, before anything else
+answer   status, length of the reason, reason (UTF-8): one per piece, in the order of the pieces
+"""
+
+import struct
+
+from baton.errors import TransferError, TransferRefused
+from baton.transfer.wire import FIXED_BYTES, MAX_DIGEST_BYTES, MAX_REQUEST_ID_BYTES, VERSION
+
+MAX_HEADER_BYTES = FIXED_BYTES + MAX_REQUEST_ID_BYTES + MAX_DIGEST_BYTES
+MAX_REASON_BYTES = 512
+MAX_SKIPPED_BYTES = 2**30  # of a refused piece; more than that is no piece of ours
+
+HELLO = struct.Struct("<4sH")
+ANSWER = struct.Struct("<BH")
+_MAGIC = b"BATN"
+_ACCEPTED, _REFUSED = 0, 1
+
+
+def hello() -> bytes:
+    return HELLO.pack(_MAGIC, VERSION)
+
+
+def check_hello(data: bytes | bytearray | memoryview) -> None:
+    """Raises TransferError when the other side is not Baton, or of another wire version."""
+    magic, version = HELLO.unpack_from(data)
+    if magic != _MAGIC:
+        raise TransferError("the peer is not a Baton worker")
+    if version != VERSION:
+        raise TransferError(f"the peer speaks wire version {version}, this worker speaks {VERSION}")
+
+
+def check_header_bytes(num_bytes: int) -> None:
+    if not FIXED_BYTES <= num_bytes <= MAX_HEADER_BYTES:
+        raise TransferError(f"a piece header of {num_bytes} bytes cannot be")
+
+
+def encode_answer(refusal: str | None) -> bytes:
+    if refusal is None:
+        return ANSWER.pack(_ACCEPTED, 0)
+    reason = refusal.encode()[:MAX_REASON_BYTES]
+    return ANSWER.pack(_REFUSED, len(reason)) + reason
+
+
+def decode_answer(fixed: bytes | bytearray | memoryview) -> tuple[bool, int]:
+    """(accepted, length of the reason that follows). Raises TransferError."""
+    status, reason_bytes = ANSWER.unpack_from(fixed)
+    if status not in (_ACCEPTED, _REFUSED) or reason_bytes > MAX_REASON_BYTES:
+        raise TransferError("an answer that makes no sense")
+    return status == _ACCEPTED, reason_bytes
+
+
+def refusal(reason: bytes | bytearray | memoryview) -> TransferRefused:
+    return TransferRefused(bytes(reason).decode(errors="replace"))
+
+
+def check_skipped_bytes(num_bytes: int) -> None:
+    if num_bytes > MAX_SKIPPED_BYTES:
+        raise TransferError(f"a refused piece of {num_bytes} bytes is too long to be skipped")

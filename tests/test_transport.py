@@ -1,0 +1,558 @@
+"""One contract for every transport, then what only one of them promises."""
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import random
+import signal
+import socket
+import struct
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from baton.clock import Clock, SystemClock, VirtualClock
+from baton.errors import ConfigError, TransferError, TransferRefused
+from baton.request import RequestId
+from baton.transfer import framing
+from baton.transfer.base import MAX_IN_FLIGHT, Connection, Transport
+from baton.transfer.choose import available, make_transport
+from baton.transfer.digest import piece_digest
+from baton.transfer.inproc import Faults, InprocNetwork, InprocTransport
+from baton.transfer.tcp import TcpTransport
+from baton.transfer.ucx import UcxTransport
+from baton.transfer.vector import Vector
+from baton.transfer.wire import FIXED_BYTES, PieceHeader
+
+HAS_UCX = any(importlib.util.find_spec(library) for library in ("ucxx", "ucp"))
+ucx_only = pytest.mark.skipif(not HAS_UCX, reason="neither ucxx nor ucx-py is installed")
+KINDS = [
+    "inproc",
+    "tcp",
+    "tcp-uvloop",
+    pytest.param("ucx", marks=[pytest.mark.ucx, ucx_only]),
+    pytest.param("ucx-uvloop", marks=[pytest.mark.ucx, ucx_only]),
+]
+PATIENCE_S = 60.0  # a test that takes longer hangs
+PUSH_S = 30.0
+PIECE_TIMEOUT_S = 20.0
+
+
+class Sink:
+    """Gives out buffers cut to `shape`, checks digests, and remembers everything."""
+
+    def __init__(self) -> None:
+        self.shape: Callable[[int], list[int]] = lambda num_bytes: [num_bytes] if num_bytes else []
+        self.refuse_open: set[int] = set()
+        self.refuse_close: set[int] = set()
+        self.events: list[tuple[str, int]] = []
+        self.errors: dict[int, TransferError | None] = {}
+        self.buffers: dict[int, list[bytearray]] = {}
+        self.changed = asyncio.Event()
+        self._open: set[int] = set()
+        self._final: list[tuple[list[bytearray], bytes]] = []
+
+    def open(self, header: PieceHeader) -> Sequence[memoryview]:
+        assert not self._open, "two pieces of one connection are open at once"
+        if header.sequence in self.refuse_open:
+            raise TransferRefused(f"no room for {header.sequence}")
+        self.events.append(("open", header.sequence))
+        buffers = self.buffers[header.sequence] = [bytearray(size) for size in self.shape(header.num_bytes)]
+        self._open.add(header.sequence)
+        self.changed.set()
+        return [memoryview(buffer) for buffer in buffers]
+
+    def close(self, header: PieceHeader, error: TransferError | None) -> None:
+        self._open.remove(header.sequence)  # raises when it is closed twice
+        self.events.append(("close", header.sequence))
+        self.errors[header.sequence] = error
+        self._final.append((self.buffers[header.sequence], self.content(header.sequence)))
+        self.changed.set()
+        if error is None and header.digest and header.digest != self._digest(header):
+            raise TransferRefused("digest")
+        if header.sequence in self.refuse_close:
+            raise TransferRefused(f"{header.sequence} is not what it should be")
+
+    def _digest(self, header: PieceHeader) -> bytes:
+        return piece_digest(header, [memoryview(buffer) for buffer in self.buffers[header.sequence]])
+
+    def content(self, sequence: int) -> bytes:
+        return b"".join(self.buffers[sequence])
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self.changed.clear()
+            await self.changed.wait()
+
+    async def until_open(self, sequence: int = 0) -> None:
+        await self.until(lambda: ("open", sequence) in self.events)
+
+    async def until_closed(self, sequence: int = 0) -> None:
+        await self.until(lambda: ("close", sequence) in self.events)
+
+    def check(self) -> None:
+        assert not self._open, f"pieces {self._open} were never closed"
+        for buffers, final in self._final:
+            assert b"".join(buffers) == final, "a buffer was written after close"
+
+
+class World:
+    """A sender and a receiver on one loop, made for one test."""
+
+    def __init__(self, kind: str, clock: Clock) -> None:
+        self.kind = kind
+        self.clock = clock
+        self.sink = Sink()
+        self.address = ""
+        self.network = InprocNetwork(clock, seed=1)
+        self.receiver = self.make("receiver")
+        self.sender = self.make("sender")
+
+    def make(self, name: str) -> Transport:
+        if self.kind == "inproc":
+            return InprocTransport(self.network, self.clock, name, piece_timeout_s=PIECE_TIMEOUT_S)
+        if self.kind == "tcp":
+            return TcpTransport(self.clock, piece_timeout_s=PIECE_TIMEOUT_S)
+        return UcxTransport(self.clock, piece_timeout_s=PIECE_TIMEOUT_S)
+
+    async def connect(self) -> Connection:
+        return await self.sender.connect(self.address, timeout_s=PUSH_S)
+
+
+Play = Callable[[World], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture(params=KINDS)
+def run(request: pytest.FixtureRequest) -> Callable[[Play], None]:
+    kind, _, loop = request.param.partition("-")
+
+    def run_play(play: Play) -> None:
+        async def whole(clock: Clock) -> None:
+            world = World(kind, clock)
+            try:
+                async with asyncio.timeout(PATIENCE_S):
+                    world.address = await world.receiver.listen(world.sink)
+                    await play(world)
+            finally:
+                await world.sender.aclose()
+                await world.receiver.aclose()
+            assert asyncio.all_tasks() == {asyncio.current_task()}, "a task was left behind"
+            world.sink.check()
+
+        if kind == "inproc":
+            clock = VirtualClock()
+            clock.run(whole(clock))
+        else:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop if loop else None) as runner:
+                runner.run(whole(SystemClock()))
+
+    return run_play
+
+
+def noise(num_bytes: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(num_bytes)
+
+
+def split(data: bytes, size: int) -> list[memoryview]:
+    return [memoryview(data)[start : start + size] for start in range(0, len(data), size)]
+
+
+def make_header(num_bytes: int, sequence: int = 0, **other: Any) -> PieceHeader:
+    return PieceHeader(RequestId("r"), 1, sequence, 0, 1, 0, 1, num_bytes, **other)
+
+
+async def push(
+    connection: Connection,
+    data: bytes,
+    sequence: int = 0,
+    *,
+    size: int = 2**16,
+    timeout_s: float = PUSH_S,
+) -> None:
+    header = make_header(len(data), sequence)
+    payload = split(data, size)
+    header = make_header(len(data), sequence, digest=piece_digest(header, payload))
+    await connection.push(header, payload, timeout_s=timeout_s)
+
+
+def in_blocks(size: int) -> Callable[[int], list[int]]:
+    return lambda num_bytes: [min(size, num_bytes - start) for start in range(0, num_bytes, size)]
+
+
+class TestContract:
+    @pytest.mark.parametrize(
+        ("num_bytes", "sent_in", "received_in"),
+        [
+            pytest.param(0, 1, 1, id="nothing"),
+            pytest.param(1, 1, 1, id="one-byte"),
+            pytest.param(5000, 3, 2, id="1667-buffers-into-2500"),
+            pytest.param(300_000, 100, 7_777, id="3000-buffers-into-39"),
+            pytest.param(2**20, 2**20, 2**20, id="exactly-1-MiB"),
+            pytest.param(9 * 2**20 + 17, 2**16, 2**18 + 1, id="9-MiB-of-64-KiB-blocks"),
+            pytest.param(33 * 2**20, 33 * 2**20, 2**24, id="one-large"),
+        ],
+    )
+    def test_bytes_arrive_exactly(
+        self, run: Callable[[Play], None], num_bytes: int, sent_in: int, received_in: int
+    ) -> None:
+        data = noise(num_bytes)
+
+        async def play(world: World) -> None:
+            world.sink.shape = in_blocks(received_in)
+            connection = await world.connect()
+            await push(connection, data, size=sent_in)
+            assert world.sink.content(0) == data
+            assert world.sink.errors == {0: None}
+
+        run(play)
+
+    def test_many_pieces_at_once_arrive_in_order(self, run: Callable[[Play], None]) -> None:
+        pieces = [noise(1 + 37_123 * (n % 5), seed=n) for n in range(6 * MAX_IN_FLIGHT)]
+
+        async def play(world: World) -> None:
+            world.sink.shape = in_blocks(1000)
+            connection = await world.connect()
+            async with asyncio.TaskGroup() as tasks:
+                for sequence, data in enumerate(pieces):
+                    tasks.create_task(push(connection, data, sequence))
+            assert world.sink.events == [
+                (event, sequence) for sequence in range(len(pieces)) for event in ("open", "close")
+            ]
+            for sequence, data in enumerate(pieces):
+                assert world.sink.content(sequence) == data
+
+        run(play)
+
+    def test_header_crosses_unchanged(self, run: Callable[[Play], None]) -> None:
+        header = PieceHeader(
+            RequestId("ü" * 100), 4294967295, 4294967295, 65535, 65535, 4294967295, 4294967295, 3,
+            b"d" * 64, 4294967295, -(2**63),
+        )  # fmt: skip
+
+        async def play(world: World) -> None:
+            seen: list[PieceHeader] = []
+            sink_open = world.sink.open
+            world.sink.open = lambda h: (seen.append(h), sink_open(h))[1]  # type: ignore[method-assign]
+            connection = await world.connect()
+            with pytest.raises(TransferRefused, match="digest"):
+                await connection.push(header, [memoryview(b"abc")], timeout_s=PUSH_S)
+            assert seen == [header]
+
+        run(play)
+
+    def test_several_senders_do_not_mix(self, run: Callable[[Play], None]) -> None:
+        async def play(world: World) -> None:
+            others = [world.make(f"sender-{n}") for n in range(3)]
+            sink = world.sink
+            sink.open = lambda header: Sink.open(sinks[header.epoch], header)  # type: ignore[method-assign]
+            sink.close = lambda header, error: Sink.close(sinks[header.epoch], header, error)  # type: ignore[method-assign]
+            sinks = [Sink() for _ in others]
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for epoch, transport in enumerate(others):
+                        connection = await transport.connect(world.address, timeout_s=PUSH_S)
+                        for sequence in range(5):
+                            header = PieceHeader(RequestId("r"), epoch, sequence, 0, 1, 0, 1, 2**21)
+                            payload = memoryview(noise(2**21, epoch * 5 + sequence))
+                            tasks.create_task(connection.push(header, [payload], timeout_s=PUSH_S))
+            finally:
+                for transport in others:
+                    await transport.aclose()
+            for epoch, each in enumerate(sinks):
+                each.check()
+                for sequence in range(5):
+                    assert each.content(sequence) == noise(2**21, epoch * 5 + sequence)
+
+        run(play)
+
+    @pytest.mark.parametrize("num_bytes", [0, 10, 3 * 2**20])
+    def test_refusals_reach_the_sender_and_the_connection_stays(
+        self, run: Callable[[Play], None], num_bytes: int
+    ) -> None:
+        async def play(world: World) -> None:
+            world.sink.refuse_open, world.sink.refuse_close = {0, 3}, {1}
+            connection = await world.connect()
+            with pytest.raises(TransferRefused, match="no room for 0"):
+                await push(connection, noise(num_bytes), 0)
+            with pytest.raises(TransferRefused, match="1 is not what it should be"):
+                await push(connection, noise(num_bytes), 1)
+            outcomes = await asyncio.gather(
+                *(push(connection, noise(num_bytes, n), n) for n in (2, 3, 4)), return_exceptions=True
+            )
+            assert [type(outcome) for outcome in outcomes] == [type(None), TransferRefused, type(None)]
+            assert not connection.closed
+            assert world.sink.content(2) == noise(num_bytes, 2)
+            assert world.sink.content(4) == noise(num_bytes, 4)
+
+        run(play)
+
+    def test_a_broken_sink_costs_the_connection_and_no_more(self, run: Callable[[Play], None]) -> None:
+        async def play(world: World) -> None:
+            world.sink.shape = lambda num_bytes: [num_bytes - 1]
+            connection = await world.connect()
+            with pytest.raises(TransferError):
+                await push(connection, noise(1000))
+            assert connection.closed
+            await world.sink.until_closed()
+            assert world.sink.errors[0] is not None
+            world.sink.shape = in_blocks(100)
+            await push(await world.connect(), noise(1000), 1)
+
+        run(play)
+
+    def test_cancel_before_the_piece_started_takes_effect_at_once(self, run: Callable[[Play], None]) -> None:
+        async def play(world: World) -> None:
+            connection = await world.connect()
+            first = [asyncio.create_task(push(connection, noise(2**22, n), n)) for n in range(MAX_IN_FLIGHT)]
+            late = asyncio.create_task(push(connection, noise(2**22), MAX_IN_FLIGHT))
+            await asyncio.sleep(0)
+            late.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await late
+            await asyncio.gather(*first)
+            assert not connection.closed
+            await push(connection, b"after", 99)
+            assert ("open", MAX_IN_FLIGHT) not in world.sink.events
+
+        run(play)
+
+    @pytest.mark.parametrize("turns", [0, 1, 2, 5, 20])
+    def test_cancel_in_the_middle_leaves_the_payload_alone(
+        self, run: Callable[[Play], None], turns: int
+    ) -> None:
+        data = bytearray(noise(2**24))
+
+        async def play(world: World) -> None:
+            connection = await world.connect()
+            header = make_header(len(data))
+            header = make_header(len(data), digest=piece_digest(header, [memoryview(data)]))
+            task = asyncio.create_task(connection.push(header, [memoryview(data)], timeout_s=PUSH_S))
+            await world.sink.until_open()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            # The payload is ours again: whatever the receiver accepts must be what it was before.
+            data[:] = bytes(len(data))
+            await world.sink.until_closed()
+            if world.sink.errors[0] is None:
+                assert world.sink.content(0) == noise(2**24)
+            if not connection.closed:
+                await push(connection, b"after", 1)
+                assert world.sink.content(1) == b"after"
+
+        run(play)
+        data[:] = noise(2**24)
+
+    def test_cancel_a_whole_batch_at_every_moment(self, run: Callable[[Play], None]) -> None:
+        async def play(world: World) -> None:
+            connection = await world.connect()
+            for moment in range(30):
+                if connection.closed:
+                    connection = await world.connect()
+                tasks = [
+                    asyncio.create_task(push(connection, noise(200_000, n), 10 * moment + n))
+                    for n in range(6)
+                ]
+                for _ in range(moment):
+                    await asyncio.sleep(0)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            if connection.closed:
+                connection = await world.connect()
+            await push(connection, b"after", 999)
+            assert world.sink.content(999) == b"after"
+
+        run(play)
+
+    def test_a_peer_that_closes_is_noticed(self, run: Callable[[Play], None]) -> None:
+        async def play(world: World) -> None:
+            connection = await world.connect()
+            idle = await world.connect()
+            await push(connection, b"warm")
+            tasks = [asyncio.create_task(push(connection, noise(2**24, n), 1 + n)) for n in range(6)]
+            await world.sink.until_open(1)
+            await world.receiver.aclose()
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            assert any(isinstance(outcome, TransferError) for outcome in outcomes)
+            assert connection.closed
+            with pytest.raises(TransferError):
+                await push(idle, b"x", 50, timeout_s=PUSH_S)
+            assert idle.closed
+
+        run(play)
+
+    def test_a_sender_that_closes_in_the_middle(self, run: Callable[[Play], None]) -> None:
+        async def play(world: World) -> None:
+            connection = await world.connect()
+            tasks = [asyncio.create_task(push(connection, noise(2**24, n), n)) for n in range(3)]
+            await world.sink.until_open()
+            await connection.aclose()
+            for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                assert isinstance(outcome, TransferError)
+            await world.sink.until_closed()
+            assert connection.closed
+            await connection.aclose()
+            await push(await world.connect(), b"after", 9)
+
+        run(play)
+
+    def test_the_end_with_pieces_open(self, run: Callable[[Play], None]) -> None:
+        """Both transports are closed by the frame; it checks that every open piece was closed once."""
+
+        async def play(world: World) -> None:
+            connection = await world.connect()
+            tasks = [asyncio.create_task(push(connection, noise(2**24, n), n)) for n in range(3)]
+            await world.sink.until_open()
+            await world.sender.aclose()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        run(play)
+
+    def test_connecting_to_nobody(self, run: Callable[[Play], None]) -> None:
+        async def play(world: World) -> None:
+            gone = world.make("gone")
+            address = await gone.listen(Sink())
+            await gone.aclose()
+            for wrong in (address, "", "nonsense", "tcp://127.0.0.1", "ucx://AAAA", "tcp://127.0.0.1:99999"):
+                with pytest.raises(TransferError):
+                    await world.sender.connect(wrong, timeout_s=0.5)
+            await push(await world.connect(), b"still works")
+
+        run(play)
+
+    def test_connecting_is_cancelled(self, run: Callable[[Play], None]) -> None:
+        async def play(world: World) -> None:
+            for turns in range(8):
+                task = asyncio.create_task(world.connect())
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            await push(await world.connect(), b"still works")
+
+        run(play)
+
+    def test_a_payload_that_does_not_fit_its_header_hurts_nobody(self, run: Callable[[Play], None]) -> None:
+        async def play(world: World) -> None:
+            connection = await world.connect()
+            with pytest.raises(Exception, match="its header says"):
+                await connection.push(make_header(5), [memoryview(b"1234")], timeout_s=PUSH_S)
+            await push(connection, b"still works")
+
+        run(play)
+
+    def test_a_worker_can_send_to_itself(self, run: Callable[[Play], None]) -> None:
+        async def play(world: World) -> None:
+            connection = await world.receiver.connect(world.address, timeout_s=PUSH_S)
+            await push(connection, noise(3 * 2**20))
+            assert world.sink.content(0) == noise(3 * 2**20)
+
+        run(play)
+
+
+@contextlib.asynccontextmanager
+async def peer(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    script = str(Path(__file__).with_name("transport_peer.py"))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, script, *arguments, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+@pytest.fixture(params=["tcp", pytest.param("ucx", marks=[pytest.mark.ucx, ucx_only])])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@contextlib.asynccontextmanager
+async def transport_of(name: str, **options: Any) -> AsyncIterator[Transport]:
+    transport = (TcpTransport if name == "tcp" else UcxTransport)(SystemClock(), **options)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            yield transport
+    finally:
+        await transport.aclose()
+
+
+class TestProcesses:
+    """What only another process can do: die without a word, or stop in the middle and live."""
+
+    BYTES = 256 * 2**20
+
+    async def test_a_killed_sender_closes_its_open_piece(self, name: str) -> None:
+        async with transport_of(name) as transport:
+            sink = Sink()
+            address = await transport.listen(sink)
+            async with peer("send", name, address, str(self.BYTES)) as process:
+                await sink.until_open()
+                process.kill()
+                await sink.until_closed()
+            assert sink.errors[0] is not None
+            connection = await transport.connect(address, timeout_s=PUSH_S)
+            await push(connection, b"still works", 1)
+        sink.check()
+
+    async def test_a_stopped_sender_does_not_keep_buffers(self, name: str) -> None:
+        async with transport_of(name, piece_timeout_s=1.0) as transport:
+            sink = Sink()
+            address = await transport.listen(sink)
+            async with peer("send", name, address, str(self.BYTES)) as process:
+                await sink.until_open()
+                process.send_signal(signal.SIGSTOP)
+                await sink.until_closed()
+                assert sink.errors[0] is not None
+                process.send_signal(signal.SIGCONT)
+                await process.wait()  # its connection is gone, which ends it; what it still sent went nowhere
+        sink.check()
+
+    async def test_a_killed_receiver_is_noticed(self, name: str) -> None:
+        async with transport_of(name) as transport, peer("receive", name) as process:
+            connection = await transport.connect(await address_of(process), timeout_s=PUSH_S)
+            idle = await transport.connect(await address_of(process, again=True), timeout_s=PUSH_S)
+            await push(connection, b"warm")
+            task = asyncio.create_task(push(connection, bytes(self.BYTES), 1))
+            await asyncio.sleep(0)
+            process.kill()
+            with pytest.raises(TransferError):
+                await task
+            assert connection.closed
+            while not idle.closed:
+                await asyncio.sleep(0.01)
+
+    async def test_a_stopped_receiver_is_timed_out(self, name: str) -> None:
+        async with transport_of(name) as transport, peer("receive", name) as process:
+            connection = await transport.connect(await address_of(process), timeout_s=PUSH_S)
+            await push(connection, b"warm")
+            process.send_signal(signal.SIGSTOP)
+            tasks = [
+                asyncio.create_task(push(connection, noise(2**24), 1 + n, timeout_s=0.5)) for n in range(6)
+            ]
+            for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                assert isinstance(outcome, TransferError)
+            assert connection.closed
+            with pytest.raises(TransferError, match="within"):
+                await transport.connect(await address_of(process, again=True), timeout_s=0.5)
+            process.send_signal(signal.SIGCONT)
+            again = await transport.connect(await address_of(process, again=True), timeout_s=PUSH_S)
+            await push(again, b"still works")
+
+
+async def address_of(process: asyncio.subprocess.Process, *, again: bool = False) -> str:
+    if not again:
+        assert process.stdout is not None
+        process.kv_address = (await process.stdout.readline()).decode().strip()  # type: ignore[attr-defined]
+    return str(process.kv_address)  # type: ignore[attr-defined]
