@@ -190,7 +190,7 @@ def test_ucx_that_is_asked_for_and_missing_is_one_line(
     monkeypatch: pytest.MonkeyPatch, some_model: ModelConfig
 ) -> None:
     config = UpConfig(port=0, model=some_model, transfer=TransferConfig("ucx"))
-    monkeypatch.setattr(plan, "UCX_MODULES", ("no_such_module",))
+    monkeypatch.setattr(plan, "available", lambda: ["tcp"])
     with pytest.raises(ConfigError, match="UCX is not installed"):
         plan.check_machine(config)
     plan.check_machine(replace(config, transfer=TransferConfig("auto")))

@@ -158,8 +158,13 @@ def _settings(cls: type, defaults: Any, prefix: str) -> Iterator[Setting]:
 
 @functools.cache
 def _field_comments(cls: type) -> dict[str, str]:
-    bases = [base for base in reversed(cls.__mro__) if is_dataclass(base)]
-    return {name: doc for base in bases for name, doc in _FIELD.findall(inspect.getsource(base))}
+    # The module's source is read once; `inspect.getsource` of a class would parse all of it for every class.
+    module = inspect.getsource(inspect.getmodule(cls) or cls)
+    comments: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        body = re.search(rf"^class {base.__name__}\b.*?(?=^\S|\Z)", module, re.MULTILINE | re.DOTALL)
+        comments |= _FIELD.findall(body[0]) if body else ()
+    return comments
 
 
 _FIELD = re.compile(r"^    (\w+): .*?  # (.*)$", re.MULTILINE)

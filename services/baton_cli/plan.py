@@ -2,7 +2,6 @@
 process is started."""
 
 import dataclasses
-import importlib.util
 import json
 import socket
 import sys
@@ -22,11 +21,11 @@ from baton.config import (
 from baton.demo_task import DEMO_MODEL_DIR
 from baton.errors import ConfigError
 from baton.messages import Role
+from baton.transfer.choose import available
 from baton_cli.supervisor import ChildSpec
 
 REDIS_PORT = 6379
 REDIS_CONNECT_S = 3.0
-UCX_MODULES = ("ucxx", "ucp")  # ucxx, or ucx-py where that is installed
 
 
 def check_machine(config: UpConfig) -> None:
@@ -54,14 +53,10 @@ def _check_model(model: str) -> None:
 
 
 def _check_transport(config: TransferConfig) -> None:
-    if config.transport == "ucx" and not ucx_installed():
+    if config.transport not in ("auto", *available()):
         raise ConfigError(
             "--transport ucx: UCX is not installed; pip install 'baton-llm[ucx]', or --transport tcp"
         )
-
-
-def ucx_installed() -> bool:
-    return any(importlib.util.find_spec(module) is not None for module in UCX_MODULES)
 
 
 def _check_redis(url: str) -> None:
