@@ -12,7 +12,7 @@ import asyncio
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from baton.clock import SystemClock
@@ -21,8 +21,9 @@ from baton.engine.batch import Sequence
 from baton.engine.engine import Engine
 from baton.engine.model_runner import load_runner
 from baton.errors import ConfigError, InvalidRequest
-from baton.model_files import eos_token_ids, resolve_model
+from baton.model_files import TOKENIZER_FILES, WEIGHT_FILES, eos_token_ids, resolve_model
 from baton.request import FinishReason, Request, RequestId, SamplingParams
+from baton.tokenizer import Tokenizer, load_tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -53,14 +54,17 @@ class LLM:
         unknown = engine.keys() - EngineConfig.__dataclass_fields__.keys()
         if unknown:
             raise ConfigError(f"unknown engine setting {', '.join(sorted(unknown))}")
-        self._directory = resolve_model(model, revision)
+        self._directory = resolve_model(model, revision, (*WEIGHT_FILES, *TOKENIZER_FILES))
         config = EngineConfig(**engine)
         self.runner, fingerprint = load_runner(
             ModelConfig(str(self._directory), dtype=dtype, max_model_len=max_model_len), config
         )
         self.engine = Engine(config, self.runner, SystemClock(), fingerprint)
         self._max_num_waiting = config.max_num_waiting
-        self._eos_token_ids = eos_token_ids(self._directory)
+        self._tokenizer = _tokenizer_of(self._directory)
+        self._eos_token_ids = (
+            self._tokenizer.eos_token_ids if self._tokenizer is not None else eos_token_ids(self._directory)
+        )
         self._loop = asyncio.Runner()
 
     def __enter__(self) -> Self:
@@ -127,10 +131,7 @@ class LLM:
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids) if self._tokenizer is not None else ""
 
-    @cached_property
-    def _tokenizer(self) -> Any:
-        if not (self._directory / "tokenizer.json").is_file():
-            return None
-        from baton.tokenizer import load_tokenizer
 
-        return load_tokenizer(self._directory)
+def _tokenizer_of(directory: Path) -> Tokenizer | None:
+    has_one = (directory / "tokenizer.json").is_file()
+    return load_tokenizer(directory, num_threads=0) if has_one else None

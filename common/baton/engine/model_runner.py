@@ -147,15 +147,15 @@ class LoadedModel(NamedTuple):
     fingerprint: str
 
 
-def load_runner(model: ModelConfig, engine: EngineConfig) -> LoadedModel:
-    """Weights, KV pool and thread of one worker. Raises ConfigError."""
+def load_runner(model: ModelConfig, engine: EngineConfig, *, fill_nan: bool = False) -> LoadedModel:
+    """Weights, KV pool and thread of one worker. Raises ConfigError. `fill_nan`: see KVStorage."""
     directory = resolve_model(model.model, model.revision)
     config = loader.load_config(directory)
     max_model_len = loader.model_length(config, model.max_model_len)
     device = loader.resolve_device(engine.device)
     dtype = loader.resolve_dtype(config, model.dtype, device)
     layout = loader.kv_layout(config, engine.block_size, dtype)
-    storage = KVStorage(layout, _num_blocks(engine, layout), device)
+    storage = KVStorage(layout, _num_blocks(engine, layout), device, fill_nan=fill_nan)
     torch.set_num_threads(engine.num_threads)
     runner = TorchModelRunner(
         loader.load_model(directory, config, dtype, device),

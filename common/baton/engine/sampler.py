@@ -19,7 +19,7 @@ from baton.request import SamplingParams
 
 # Noise for a whole vocabulary costs more than the rest. Nearly always only the most likely tokens can be
 # drawn.
-_NUM_CANDIDATES = 256
+_NUM_CANDIDATES = 512
 _MAX_NOISE = 32 * math.log(2) + 1e-3  # see `gumbel`: of the smallest uniform number, 2^-32
 
 _MASK64 = 2**64 - 1
@@ -47,33 +47,31 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence
 def _draw(scaled: Tensor, top_k: Tensor, top_p: Tensor, keys: Tensor) -> Tensor:
     """scaled [R, V], top_k, top_p [R, 1], keys [R, 2] -> [R]."""
     num_tokens = scaled.shape[-1]
-    values, ids = scaled.topk(min(_NUM_CANDIDATES, num_tokens))  # [R, C], best first
-    log_norm = scaled.logsumexp(-1, keepdim=True)
-    threshold = _threshold(values, log_norm, top_k, top_p)
-    noisy = values.masked_fill(values < threshold, -torch.inf) + gumbel(keys, ids)
-    highest = noisy.max(dim=-1)
-    tokens = ids.gather(-1, highest.indices[:, None])[:, 0]
-    if values.shape[-1] == num_tokens:
-        return tokens
+    if num_tokens <= 2 * _NUM_CANDIDATES:
+        return _draw_from_all(scaled, top_k, top_p, keys)
+    values, ids = scaled.topk(_NUM_CANDIDATES)  # [R, C], best first
+    threshold = _threshold(values, scaled.logsumexp(-1, keepdim=True), top_k, top_p)
+    winner = (values.masked_fill(values < threshold, -torch.inf) + gumbel(keys, ids)).max(-1, keepdim=True)
+    tokens = ids.gather(-1, winner.indices)[:, 0]
 
-    # Could a token that is no candidate have won? Not when the last candidate is below the threshold, nor
-    # when no noise could lift it to the winner. And top_p of a top_k that reaches beyond the candidates is
-    # not known from them.
-    last, num_candidates = values[:, -1:], values.shape[-1]
-    unknown = (top_k > num_candidates) & (top_k < num_tokens) & (top_p < 1)
-    reachable = (last >= threshold) & (last + _MAX_NOISE >= highest.values[:, None])
-    rows = (unknown | reachable)[:, 0].nonzero()[:, 0]
+    # Could a token that is no candidate have won? Not when the last candidate is below the threshold, nor when no
+    # noise could lift it to the winner. And top_p of a top_k that reaches beyond the candidates is not known here.
+    last = values[:, -1:]
+    reachable = (last >= threshold) & (last + _MAX_NOISE >= winner.values)
+    unknown = (top_k > _NUM_CANDIDATES) & (top_k < num_tokens) & (top_p < 1)
+    rows = (reachable | unknown)[:, 0].nonzero()[:, 0]
     if len(rows):
-        tokens[rows] = _draw_from_all(scaled[rows], log_norm[rows], top_k[rows], top_p[rows], keys[rows])
+        tokens[rows] = _draw_from_all(scaled[rows], top_k[rows], top_p[rows], keys[rows])
     return tokens
 
 
-def _draw_from_all(scaled: Tensor, log_norm: Tensor, top_k: Tensor, top_p: Tensor, keys: Tensor) -> Tensor:
-    if bool((top_k < scaled.shape[-1]).any()) or bool((top_p < 1).any()):
+def _draw_from_all(scaled: Tensor, top_k: Tensor, top_p: Tensor, keys: Tensor) -> Tensor:
+    num_tokens = scaled.shape[-1]
+    if bool(((top_k < num_tokens) | (top_p < 1)).any()):
         ordered = scaled.sort(dim=-1, descending=True).values
-        scaled = scaled.masked_fill(scaled < _threshold(ordered, log_norm, top_k, top_p), -torch.inf)
-    ids = torch.arange(scaled.shape[-1], device=scaled.device)
-    return (scaled + gumbel(keys, ids)).argmax(dim=-1)
+        threshold = _threshold(ordered, scaled.logsumexp(-1, keepdim=True), top_k, top_p)
+        scaled = scaled.masked_fill(scaled < threshold, -torch.inf)
+    return (scaled + gumbel(keys, torch.arange(num_tokens, device=scaled.device))).argmax(dim=-1)
 
 
 def _threshold(ordered: Tensor, log_norm: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -13,9 +13,19 @@ class KVStorage:
     """Implements BlockStorage. `data` is [num_blocks, block_bytes] uint8; see kv.layout for what is where in
     a row."""
 
-    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        device: torch.device | str = "cpu",
+        *,
+        fill_nan: bool = False,
+    ) -> None:
+        """`fill_nan`, for tests: whoever reads a position that was never written gets NaN."""
         self._layout = layout
         self.data = torch.zeros(num_blocks, layout.block_bytes, dtype=torch.uint8, device=device)
+        if fill_nan:
+            self.data.view(DTYPES[layout.dtype]).fill_(torch.nan)
         self._bytes = self.data.view(-1).numpy().data if self.data.device.type == "cpu" else None
 
     @property
@@ -25,10 +35,6 @@ class KVStorage:
     @property
     def num_blocks(self) -> int:
         return self.data.shape[0]
-
-    def poison(self) -> None:
-        """For tests: whoever reads a position that was never written gets NaN."""
-        self.data.view(DTYPES[self._layout.dtype]).fill_(torch.nan)
 
     def layer_views(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K [num_blocks, block_size, num_kv_heads, k_dim] and V [..., v_dim] of one layer; writing to them

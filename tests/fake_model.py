@@ -1,0 +1,144 @@
+"""A model without weights for tests of the engine: its KV is the tokens themselves, kept in a real pool of
+blocks.
+
+The next token is a digest of what the pool holds for the whole context, so a wrong, stale or overwritten
+block changes the answer; `expected_tokens` is what a right one gives.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+
+from baton.clock import SystemClock
+from baton.config import EngineConfig
+from baton.engine.batch import Batch, BatchRow, StepOutput
+from baton.engine.engine import Engine
+from baton.kv.layout import KVLayout, LayerLayout
+from baton.request import BlockId, Request, RequestId, SamplingParams
+
+VOCAB_SIZE = 1000
+TOKEN_BYTES = 4
+
+
+class FakeStorage:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.layout = KVLayout(block_size, (LayerLayout(1, TOKEN_BYTES, 0),), "uint8", 1)
+        self.num_blocks = num_blocks
+        self._bytes = memoryview(bytearray(b"\xff" * (num_blocks * self.layout.block_bytes)))
+
+    def region(self, block_id: BlockId, layer_start: int, layer_end: int) -> memoryview:
+        start = block_id * self.layout.block_bytes
+        return self._bytes[start : start + self.layout.block_bytes]
+
+    def slot(self, block_table: Sequence[BlockId], position: int) -> memoryview:
+        size = self.layout.block_size
+        start = position % size * TOKEN_BYTES
+        return self.region(block_table[position // size], 0, 1)[start : start + TOKEN_BYTES]
+
+    def write(self, block_table: Sequence[BlockId], start: int, token_ids: Sequence[int]) -> None:
+        for position, token_id in enumerate(token_ids, start):
+            self.slot(block_table, position)[:] = token_id.to_bytes(TOKEN_BYTES, "little")
+
+    def read(self, block_table: Sequence[BlockId], num_tokens: int) -> bytes:
+        return b"".join(bytes(self.slot(block_table, position)) for position in range(num_tokens))
+
+
+class FakeRunner:
+    """`gate`, when set by a test, holds every step between its start and its writes; `failure` is raised by
+    the next step; `nan_requests` get no token."""
+
+    def __init__(self, num_blocks: int, block_size: int, max_model_len: int = 10_000) -> None:
+        self.storage = FakeStorage(num_blocks, block_size)
+        self.vocab_size = VOCAB_SIZE
+        self.max_model_len = max_model_len
+        self.gate: asyncio.Event | None = None
+        self.started = asyncio.Event()
+        self.failure: Exception | None = None
+        self.nan_requests: set[RequestId] = set()
+        self.batches: list[Batch] = []
+
+    async def execute(self, batch: Batch) -> tuple[int, ...]:
+        self.batches.append(batch)
+        self.started.set()
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+        return tuple(token for row in batch.rows if (token := self._run(row)) is not None)
+
+    async def aclose(self) -> None:
+        pass
+
+    def _run(self, row: BatchRow) -> int | None:
+        self.storage.write(row.block_table, row.start, row.token_ids)
+        if not row.sample:
+            return None
+        if row.request_id in self.nan_requests:
+            return -1
+        return _next_token(self.storage.read(row.block_table, row.start + len(row.token_ids)))
+
+
+def _next_token(context: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(context, digest_size=8).digest(), "little") % VOCAB_SIZE
+
+
+def expected_tokens(prompt: Sequence[int], num_tokens: int) -> list[int]:
+    context = b"".join(token.to_bytes(TOKEN_BYTES, "little") for token in prompt)
+    tokens: list[int] = []
+    for _ in range(num_tokens):
+        tokens.append(_next_token(context))
+        context += tokens[-1].to_bytes(TOKEN_BYTES, "little")
+    return tokens
+
+
+def make_engine(
+    num_blocks: int = 64, block_size: int = 4, *, max_model_len: int = 10_000, **settings: int | bool
+) -> tuple[Engine, FakeRunner]:
+    runner = FakeRunner(num_blocks, block_size, max_model_len)
+    config = EngineConfig(**{"max_num_seqs": 16, "max_num_batched_tokens": 64, **settings})  # type: ignore[arg-type]
+    return Engine(config, runner, SystemClock(), "fake"), runner
+
+
+def make_request(
+    name: str, prompt: Sequence[int], max_tokens: int = 8, *, stop: tuple[int, ...] = (), cache_salt: str = ""
+) -> Request:
+    sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop)
+    return Request(RequestId(name), tuple(prompt), sampling, cache_salt=cache_salt)
+
+
+class Collected:
+    """What the steps of an engine said, per request."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, list[int]] = {}
+        self.finished: dict[str, str] = {}
+        self.errors: dict[str, str] = {}
+        self.admitted: list[str] = []
+        self._first_index: dict[str, int] = {}  # 1 for a request that was handed over
+
+    def add(self, output: StepOutput) -> None:
+        self.admitted.extend(output.admitted)
+        for row in output.outputs:
+            tokens = self.tokens.setdefault(row.request_id, [])
+            first = self._first_index.setdefault(row.request_id, row.first_index)
+            assert row.request_id not in self.finished, "an output after the end"
+            if row.token_ids:
+                assert row.first_index == first + len(tokens), "a token is missing or came twice"
+            tokens.extend(row.token_ids)
+            if row.finish_reason is not None:
+                self.finished[row.request_id] = row.finish_reason.value
+                self.errors[row.request_id] = row.error
+
+
+async def run_until_idle(
+    engine: Engine, collected: Collected | None = None, max_steps: int = 10_000
+) -> Collected:
+    """Checks the pool after every step."""
+    collected = collected or Collected()
+    for _ in range(max_steps):
+        if not engine.has_work:
+            return collected
+        collected.add(await engine.step())
+        engine.check_integrity()
+    raise AssertionError(f"still busy after {max_steps} steps")

@@ -1,0 +1,190 @@
+"""Sequences share a block only if they begin alike, and nobody writes to a block that another one reads."""
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from baton.engine.batch import Sequence
+from baton.kv.cache_manager import KVCacheManager
+from baton.kv.layout import KVLayout, LayerLayout
+from baton.kv.storage import KVStorage
+from baton.request import BlockId, Request, RequestId
+
+BLOCK_SIZE = 4
+
+
+def _sequence(prompt: list[int], salt: str = "") -> Sequence:
+    return Sequence(Request(RequestId("r"), tuple(prompt), cache_salt=salt), token_ids=list(prompt))
+
+
+def _manager(num_blocks: int = 16, **options: bool) -> KVCacheManager:
+    return KVCacheManager(num_blocks, BLOCK_SIZE, "model", **options)
+
+
+def _compute(kv: KVCacheManager, sequence: Sequence) -> None:
+    assert kv.allocate(sequence, len(sequence.token_ids))
+    kv.commit(sequence, len(sequence.token_ids))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_hits"), [(1, 0), (3, 0), (4, 0), (5, 1), (8, 1), (9, 2), (12, 2), (13, 3), (20, 3)]
+)
+def test_a_hit_never_holds_the_last_token(num_tokens: int, num_hits: int) -> None:
+    kv = _manager()
+    tokens = list(range(100, 113))  # three full blocks and one token
+    _compute(kv, _sequence(tokens))
+    again = _sequence([*tokens, *range(50)][:num_tokens])
+    assert len(kv.match_prefix(again)) == num_hits
+    assert kv.allocate(again, num_tokens + 1)
+    assert again.num_computed_tokens == again.num_cached_tokens == num_hits * BLOCK_SIZE
+    kv.check_integrity()
+
+
+def test_nothing_is_shared_across_salts() -> None:
+    kv = _manager()
+    _compute(kv, _sequence(list(range(9)), "tenant a"))
+    assert len(kv.match_prefix(_sequence(list(range(9)), "tenant a"))) == 2
+    assert kv.match_prefix(_sequence(list(range(9)), "tenant b")) == []
+
+
+def test_equal_blocks_behind_different_beginnings_are_different() -> None:
+    kv = _manager()
+    _compute(kv, _sequence([1, 1, 1, 1, 5, 6, 7, 8, 9]))
+    assert kv.match_prefix(_sequence([2, 2, 2, 2, 5, 6, 7, 8, 9])) == []
+
+
+def test_without_prefix_caching_nothing_is_found() -> None:
+    kv = _manager(enable_prefix_caching=False)
+    _compute(kv, _sequence(list(range(9))))
+    assert kv.match_prefix(_sequence(list(range(9)))) == []
+    assert kv.drain_events() == ([], [])
+
+
+def test_all_or_nothing() -> None:
+    kv = _manager(num_blocks=4)
+    first = _sequence(list(range(8)))
+    _compute(kv, first)
+    second = _sequence([*range(8), *range(20, 36)])  # hits two blocks, needs four more
+    assert not kv.allocate(second, 24)
+    assert second.block_table == [] and second.num_computed_tokens == 0 and kv.num_used_blocks == 2
+    kv.check_integrity()
+
+
+def test_hits_are_counted_as_taken_when_they_are_free() -> None:
+    kv = _manager(num_blocks=4)
+    first = _sequence(list(range(9)))
+    _compute(kv, first)
+    kv.free(first)
+    assert kv.num_free_blocks == 4
+    second = _sequence([*range(8), *range(20, 28)])
+    assert not kv.allocate(second, 17)  # two hits and three more
+    assert kv.allocate(second, 16)
+    assert second.num_cached_tokens == 8 and kv.num_free_blocks == 0
+    kv.check_integrity()
+
+
+def test_keep_free_leaves_a_reserve() -> None:
+    kv = _manager(num_blocks=4)
+    assert not kv.allocate(_sequence(list(range(12))), 12, keep_free=2)
+    assert kv.allocate(_sequence(list(range(8))), 8, keep_free=2)
+
+
+def test_the_end_of_a_chain_is_evicted_before_its_beginning() -> None:
+    kv = _manager(num_blocks=4)
+    first = _sequence(list(range(16)))
+    _compute(kv, first)
+    kv.free(first)
+    assert kv.allocate(_sequence([99] * 8), 8)
+    assert len(kv.match_prefix(_sequence(list(range(17))))) == 2
+
+
+def test_generated_tokens_are_cached_too() -> None:
+    kv = _manager()
+    first = _sequence(list(range(6)))
+    _compute(kv, first)
+    for token in (70, 71, 72):
+        first.token_ids.append(token)
+        assert kv.allocate(first, len(first.token_ids))
+        kv.commit(first, len(first.token_ids))
+    assert len(kv.match_prefix(_sequence([*range(6), 70, 71, 72]))) == 2
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Any order of admission, growth, completion and preemption; each block is checked by what was written to
+    it."""
+
+    NUM_BLOCKS = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kv = _manager(self.NUM_BLOCKS)
+        self.sequences: list[Sequence] = []
+        self.content: dict[BlockId, list[int]] = {}  # what the device would hold
+
+    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20), salt=st.sampled_from(["", "b"]))
+    def admit(self, prompt: list[int], salt: str) -> None:
+        sequence = _sequence(prompt, salt)
+        free_before = self.kv.num_free_blocks
+        if self.kv.allocate(sequence, len(prompt) + 1):
+            self.sequences.append(sequence)
+        else:
+            assert self.kv.num_free_blocks == free_before and not sequence.block_table
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), count=st.integers(1, 9))
+    def compute(self, data: st.DataObject, count: int) -> None:
+        sequence = data.draw(st.sampled_from(self.sequences))
+        start = sequence.num_computed_tokens
+        end = min(start + count, len(sequence.token_ids))
+        if not self.kv.allocate(sequence, end):
+            return
+        for position in range(start, end):
+            index, offset = divmod(position, BLOCK_SIZE)
+            block_id = sequence.block_table[index]
+            owners = [s for s in self.sequences if block_id in s.block_table]
+            assert owners == [sequence], "writes to a shared block"
+            content = self.content.setdefault(block_id, [])
+            del content[offset:]
+            content.append(sequence.token_ids[position])
+        self.kv.commit(sequence, end)
+        if end == len(sequence.token_ids):
+            sequence.token_ids.append(data.draw(st.integers(0, 1)))
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from(self.sequences))
+        self.sequences.remove(sequence)
+        self.kv.free(sequence)
+
+    @invariant()
+    def integrity(self) -> None:
+        self.kv.check_integrity()
+
+    @invariant()
+    def every_table_shows_its_own_tokens(self) -> None:
+        for sequence in self.sequences:
+            seen = [token for block_id in sequence.block_table for token in self.content.get(block_id, [])]
+            computed = sequence.num_computed_tokens
+            assert seen[:computed] == sequence.token_ids[:computed]
+
+
+CacheMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestCache = CacheMachine.TestCase
+
+
+def test_storage_views_and_regions_are_the_same_bytes() -> None:
+    layout = KVLayout(2, (LayerLayout(1, 3, 2), LayerLayout(2, 2, 2)), "float32", 4)
+    storage = KVStorage(layout, 3)
+    k, v = storage.layer_views(1)
+    assert k.shape == (3, 2, 2, 2) and v.shape == (3, 2, 2, 2)
+    k[2], v[2] = 1.5, -2.0
+    region = storage.region(BlockId(2), 1, 2).cast("f")
+    assert region.tolist() == [1.5] * 8 + [-2.0] * 8
+    region[0] = 7.0
+    assert k[2, 0, 0, 0] == 7.0
+    assert bytes(storage.region(BlockId(2), 0, 1)) == bytes(layout.group_bytes(0, 1))
+    assert len(storage.region(BlockId(0), 0, 2)) == layout.block_bytes
+    k, v = KVStorage(layout, 3, fill_nan=True).layer_views(0)
+    assert k.isnan().all() and v.isnan().all()

@@ -1,0 +1,176 @@
+"""A token is a function of logits, seed and position alone, and over many seeds it follows the softmax."""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from baton.engine import sampler
+from baton.engine.sampler import gumbel, sample
+from baton.request import SamplingParams
+
+GREEDY = SamplingParams(temperature=0)
+
+
+def _logits(num_rows: int, vocab_size: int, seed: int = 0, scale: float = 3.0) -> Tensor:
+    return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def _draw_many(logits: Tensor, num_draws: int, **params: float) -> Counter[int]:
+    """`num_draws` seeds on one row of logits."""
+    drawn: Counter[int] = Counter()
+    for start in range(0, num_draws, 4096):
+        seeds = range(start, min(start + 4096, num_draws))
+        rows = logits.expand(len(seeds), -1)
+        drawn.update(sample(rows, [SamplingParams(seed=s, **params) for s in seeds], [7] * len(seeds)))  # type: ignore[arg-type]
+    return drawn
+
+
+def _reference_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Written as plainly as possible: sort, cut by rank, cut by mass of what is left."""
+    probs = (logits.double() / temperature).softmax(-1)
+    order = probs.argsort(descending=True).tolist()
+    kept = order[:top_k] if top_k else order
+    total, mass, nucleus = sum(float(probs[i]) for i in kept), 0.0, []
+    for i in kept:
+        nucleus.append(i)
+        mass += float(probs[i])
+        if mass >= top_p * total:
+            break
+    result = torch.zeros_like(probs)
+    result[nucleus] = probs[nucleus] / probs[nucleus].sum()
+    return result
+
+
+def _chi_square_sigmas(drawn: Counter[int], probs: Tensor) -> float:
+    """How many standard deviations the statistic lies above its mean; cells that expect fewer than 10 are
+    merged."""
+    num_draws = sum(drawn.values())
+    cells: list[tuple[float, int]] = []
+    rest_expected, rest_seen = 0.0, 0
+    for token, prob in enumerate(probs.tolist()):
+        if prob * num_draws >= 10:
+            cells.append((prob * num_draws, drawn[token]))
+        else:
+            rest_expected, rest_seen = rest_expected + prob * num_draws, rest_seen + drawn[token]
+    if rest_expected >= 10:
+        cells.append((rest_expected, rest_seen))
+    statistic = sum((seen - expected) ** 2 / expected for expected, seen in cells)
+    freedom = len(cells) - 1
+    return (statistic - freedom) / math.sqrt(2 * freedom)
+
+
+def test_greedy_is_argmax() -> None:
+    logits = _logits(5, 100)
+    assert sample(logits, [GREEDY] * 5, [0] * 5) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "num_draws"), [(40, 30_000), (1100, 8_000)], ids=["all", "candidates"]
+)
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.5, 12, 1.0), (1.0, 0, 0.9), (1.2, 20, 0.8), (1.0, 1, 1.0)],
+    ids=lambda value: str(value),
+)
+def test_draws_follow_the_distribution(
+    vocab_size: int, num_draws: int, temperature: float, top_k: int, top_p: float
+) -> None:
+    logits = _logits(1, vocab_size, seed=1)
+    probs = _reference_probs(logits[0], temperature, top_k, top_p)
+    drawn = _draw_many(logits, num_draws, temperature=temperature, top_k=top_k, top_p=top_p)
+    assert set(drawn) <= set(probs.nonzero()[:, 0].tolist()), "a token that was cut off was drawn"
+    if top_k != 1:
+        assert _chi_square_sigmas(drawn, probs) < 4.5
+
+
+def test_the_chi_square_would_notice() -> None:
+    """The power of the test above: a temperature that is off by 3 % is seen."""
+    logits = _logits(1, 40, seed=1)
+    drawn = _draw_many(logits, 30_000, temperature=1.03)
+    assert _chi_square_sigmas(drawn, _reference_probs(logits[0], 1.0, 0, 1.0)) > 4.5
+
+
+def test_positions_are_as_random_as_seeds() -> None:
+    logits = _logits(1, 40, seed=2)
+    num_draws = 30_000
+    tokens = sample(logits.expand(num_draws, -1), [SamplingParams(seed=5)] * num_draws, range(num_draws))
+    assert _chi_square_sigmas(Counter(tokens), _reference_probs(logits[0], 1.0, 0, 1.0)) < 4.5
+    centred = torch.tensor(tokens, dtype=torch.float64)
+    centred -= centred.mean()
+    correlation = float((centred[1:] * centred[:-1]).mean() / centred.var())
+    assert abs(correlation) < 4 / math.sqrt(num_draws)
+
+
+def test_noise_of_different_tokens_is_independent() -> None:
+    keys = sampler._keys([(seed, 3) for seed in range(20_000)])
+    noise = gumbel(keys, torch.arange(16)).double()  # [R, 16]
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.03)
+    correlations = torch.corrcoef(noise.T) - torch.eye(16)
+    assert correlations.abs().max().item() < 5 / math.sqrt(20_000)
+
+
+def _mixed_rows(rng: random.Random, num_rows: int) -> list[SamplingParams]:
+    return [
+        SamplingParams(
+            temperature=rng.choice([0.0, 0.3, 1.0, 1.7]),
+            top_k=rng.choice([0, 0, 1, 7, 40, 512, 700]),
+            top_p=rng.choice([1.0, 1.0, 0.5, 0.95]),
+            seed=rng.getrandbits(64),
+        )
+        for _ in range(num_rows)
+    ]
+
+
+@pytest.mark.parametrize("vocab_size", [50, 2000])
+def test_a_row_does_not_depend_on_its_neighbours(vocab_size: int) -> None:
+    rng = random.Random(0)
+    logits, params = _logits(24, vocab_size), _mixed_rows(rng, 24)
+    positions = [rng.randrange(5000) for _ in range(24)]
+    together = sample(logits, params, positions)
+    alone = [sample(logits[i : i + 1], [params[i]], [positions[i]])[0] for i in range(24)]
+    assert alone == together
+    order = rng.sample(range(24), 24)
+    permuted = sample(logits[order], [params[i] for i in order], [positions[i] for i in order])
+    assert permuted == [together[i] for i in order]
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 8.0], ids=["flat", "usual", "peaked"])
+def test_candidates_only_is_exact(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short cut over the most likely tokens draws what the whole vocabulary would."""
+    rng = random.Random(1)
+    logits, params = _logits(64, 4000, scale=scale), _mixed_rows(rng, 64)
+    positions = list(range(64))
+    short_cut = sample(logits, params, positions)
+    monkeypatch.setattr(sampler, "_NUM_CANDIDATES", 4000)
+    assert sample(logits, params, positions) == short_cut
+
+
+def test_ties_at_the_cut_are_kept_together() -> None:
+    logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
+    assert set(_draw_many(logits, 500, temperature=1.0, top_k=2)) == {0, 1, 2, 3}
+
+
+def test_seeds_use_all_64_bits() -> None:
+    logits = _logits(1, 1000, scale=0.1)
+    seeds = [0, 1, 2**32, 2**63, 2**64 - 1, 2**31, 2**33]
+    assert len({sample(logits, [SamplingParams(seed=s)], [0])[0] for s in seeds}) > 4
+
+
+def test_a_row_without_numbers_is_marked_and_the_others_are_drawn() -> None:
+    logits = _logits(4, 100)
+    logits[1, 3] = torch.nan
+    logits[2, 5] = torch.inf
+    tokens = sample(logits, [GREEDY, GREEDY, SamplingParams(seed=1), SamplingParams(seed=1)], [1] * 4)
+    assert tokens[1:3] == [-1, -1]
+    assert tokens[0] == logits[0].argmax().item() and tokens[3] >= 0
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    logits = _logits(8, 300)
+    params = [SamplingParams(temperature=1e-9, seed=s) for s in range(8)]
+    assert sample(logits, params, [0] * 8) == logits.argmax(-1).tolist()
