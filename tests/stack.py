@@ -87,7 +87,7 @@ class Stack:
         with contextlib.suppress(httpx.HTTPError):
             ready = (await client.get("/ready")).status_code == 200
             workers = (await client.get("/health")).json()["workers"]
-            return sum(worker["up"] for worker in workers) if ready or not workers else 0
+            return sum(worker["ready"] for worker in workers) if ready or not workers else 0
         return 0
 
     async def until_nothing_is_used(self, *names: str) -> None:

@@ -12,6 +12,7 @@ from baton.kv.block import BlockHash
 from baton.messages import Role, StatusCall, WorkerRecord, WorkerStatus
 from baton.request import WorkerId
 from baton.rpc import STATUS_WATCH, Rpc
+from baton_router.fleet_view import IndexHealth
 from baton_router.mirror import PrefixMirror
 from baton_router.placement import can_pair
 from baton_router.workers import RECONNECT_S, Link
@@ -57,6 +58,11 @@ class Fleet:
         prefills = [record for record in records if Role.PREFILL in record.roles]
         decodes = [record for record in records if Role.DECODE in record.roles]
         return [(p, d) for p in prefills for d in decodes if can_pair(p, d)]
+
+    def index_health(self) -> IndexHealth:
+        if self._index is None:
+            return IndexHealth("memory", healthy=True)
+        return IndexHealth("redis", self.mirror.healthy, self.mirror.last_error)
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -1,0 +1,94 @@
+"""Composition root of the router process: builds every part, serves until it is stopped, closes in order."""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from baton.clock import Clock, SystemClock
+from baton.config import RouterConfig
+from baton.events import LogEvents
+from baton.index.base import PrefixIndex
+from baton.index.redis import RedisIndex
+from baton.model_files import resolve_model
+from baton.rpc import GrpcRpc
+from baton.tokenizer import load_tokenizer
+from baton_router.app import create_app, serve_http
+from baton_router.fleet import Fleet
+from baton_router.front_door import FrontDoor
+from baton_router.grpc_api import RouterService
+from baton_router.metrics import RouterMetrics
+from baton_router.mirror import PrefixMirror
+from baton_router.pipeline import Pipeline
+
+log = logging.getLogger("baton.router")
+
+MIRROR_GRACE_LEASES = 1.5  # who lives renews every third of its lease
+TOKENIZER_FILES = ("*.json", "*.jinja")
+
+Ready = Callable[[dict[str, Any]], None]
+
+
+async def run_router(config: RouterConfig, *, stop: asyncio.Event, ready: Ready) -> None:
+    """One router, until `stop` is set. `ready` gets what `baton up` shows of it. Raises ConfigError."""
+    clock, emit = SystemClock(), LogEvents(log)
+    model_dir = await asyncio.to_thread(
+        resolve_model, config.model.model, config.model.revision, TOKENIZER_FILES
+    )
+    tokenizer = load_tokenizer(model_dir, clock)
+    async with contextlib.AsyncExitStack() as closing:
+        index = _index(config, clock)
+        if index is not None:
+            closing.push_async_callback(index.aclose)
+        rpc = GrpcRpc(clock)
+        mirror = PrefixMirror(clock, grace_s=MIRROR_GRACE_LEASES * config.index.lease_s)
+        fleet = Fleet(config, rpc, mirror, index, clock, emit)
+        rng = random.SystemRandom()
+        pipeline = Pipeline(config, fleet, clock, rng, emit)
+        door = FrontDoor(
+            pipeline,
+            tokenizer,
+            config.model.served_model_name or (config.model.model,),
+            lambda: _max_model_len(config, fleet),
+            clock,
+            rng,
+            RouterMetrics(CollectorRegistry()),
+            request_timeout_s=config.request_timeout_s,
+        )
+        following = asyncio.create_task(fleet.run())
+        closing.push_async_callback(_cancelled, following)
+        grpc = await rpc.serve(f"{config.host}:{config.grpc_port}", RouterService(door, fleet).handlers())
+        closing.push_async_callback(grpc.aclose, 0.1)
+        http = await serve_http(create_app(door, fleet), config.host, config.port)
+        closing.push_async_callback(http.aclose, config.stop_grace_s)
+        grpc.set_serving(True)
+        ready({"address": http.address, "grpc_address": grpc.address, "model": config.model.model})
+        stopping = asyncio.create_task(stop.wait())
+        closing.push_async_callback(_cancelled, stopping)
+        await asyncio.wait((following, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if following.done():
+            following.result()
+
+
+def _index(config: RouterConfig, clock: Clock) -> PrefixIndex | None:
+    """None: the configured workers are watched directly."""
+    if config.index.index == "memory":
+        return None
+    return RedisIndex(config.index.redis_url, config.index.namespace, clock)
+
+
+def _max_model_len(config: RouterConfig, fleet: Fleet) -> int | None:
+    """What every known worker can take; None while none is known."""
+    lengths = [record.max_model_len for record in fleet.records()]
+    if config.model.max_model_len is not None:
+        lengths.append(config.model.max_model_len)
+    return min(lengths) if fleet.records() else None
+
+
+async def _cancelled(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
