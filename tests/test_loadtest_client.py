@@ -362,6 +362,7 @@ async def test_connections_are_kept_alive_through_good_answers_and_plain_errors(
             assert [record.ok for record in records] == [True, False, True] * 3
             assert client.num_opened == server.num_opened == 1
             assert "busy=0 idle=1" in repr(client)
+        assert "busy=0 idle=0" in repr(client)
         await server.wait_until(lambda: server.num_open == 0)
 
 

@@ -62,6 +62,10 @@ class Endpoint:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
 
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """The system's certificates, or those of SSL_CERT_FILE."""
+        return ssl.create_default_context() if self.tls else None
+
     @property
     def root_url(self) -> str:
         return f"{'https' if self.tls else 'http'}://{self.authority}{self.root_path}"
@@ -123,7 +127,7 @@ class OpenAIClient:
         self._timeout_s = timeout_s
         self._api_key = api_key
         self._slots = asyncio.Semaphore(max_connections)
-        self._ssl = ssl.create_default_context() if endpoint.tls else None
+        self._ssl = endpoint.ssl_context()
         self._idle: list[_Connection] = []
         self._connections: set[_Connection] = set()
         self.num_opened = 0
@@ -462,7 +466,8 @@ class ServerInfo:
 def ask_server(endpoint: Endpoint, api_key: str | None, timeout_s: float = 10.0) -> ServerInfo:
     """Which models are served. Raises ConfigError in one line when nobody answers."""
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    with httpx.Client(headers=headers, timeout=timeout_s, trust_env=False) as http:
+    verify = endpoint.ssl_context() or False
+    with httpx.Client(headers=headers, timeout=timeout_s, trust_env=False, verify=verify) as http:
         try:
             models = http.get(f"{endpoint.base_url}/models")
             health = http.get(f"{endpoint.root_url}/health")
