@@ -19,6 +19,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from baton.clock import SystemClock
 from baton.config import (
     IndexConfig,
     LogConfig,
@@ -28,14 +29,16 @@ from baton.config import (
     UpConfig,
     WorkerConfig,
 )
-from baton.errors import ConfigError
+from baton.errors import ConfigError, Unavailable
 from baton.messages import Role
+from baton.rpc import GrpcRpc
 from baton.settings import load
 from baton_cli import plan
 from baton_cli import up as up_module
 from baton_cli.chat_client import ChatClient, ChatError
 from baton_cli.flags import spread
 from baton_cli.main import app, main
+from baton_cli.probe import probe
 from baton_cli.supervisor import ChildDied, ChildSpec
 from baton_cli.up import up
 from baton_cli.view import View
@@ -350,6 +353,41 @@ async def test_up_takes_the_memory_index_where_there_is_no_redis(
     config = UpConfig(port=0, model=some_model)
     text = await run_up(config, "until Ctrl-C", lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert "no redis-server" in text
+
+
+# --- probe ---------------------------------------------------------------------------------------------------------
+
+
+async def test_probe_knows_a_serving_grpc_server_from_one_that_is_not() -> None:
+    server = await GrpcRpc(SystemClock()).serve("127.0.0.1:0", {})
+    try:
+        with pytest.raises(Unavailable, match="NOT_SERVING"):
+            await asyncio.to_thread(probe, server.address, 10.0)
+        server.set_serving(True)
+        await asyncio.to_thread(probe, server.address, 10.0)
+    finally:
+        await server.aclose(0.0)
+    with pytest.raises(Unavailable, match=server.address):
+        await asyncio.to_thread(probe, server.address, 0.5)
+
+
+async def test_probe_knows_a_healthy_http_server_from_one_that_is_not() -> None:
+    status = b"200 OK"
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 " + status + b"\r\ncontent-length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(handle, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/health"
+        await asyncio.to_thread(probe, url, 10.0)
+        status = b"503 Service Unavailable"
+        with pytest.raises(Unavailable, match="answers 503"):
+            await asyncio.to_thread(probe, url, 10.0)
+    with pytest.raises(Unavailable, match="Connection refused"):
+        await asyncio.to_thread(probe, url, 10.0)
 
 
 # --- chat ----------------------------------------------------------------------------------------------------------

@@ -183,6 +183,17 @@ def loadtest(context: typer.Context) -> None:
 
 
 @app.command()
+def probe(
+    target: Annotated[str, typer.Argument(help="http://HOST:PORT/PATH, or HOST:PORT of a gRPC server.")],
+    timeout: Annotated[float, typer.Option(help="Seconds.")] = 2.0,
+) -> None:
+    """Exit code 0 when that process is healthy, 1 when not: for container health checks."""
+    from baton_cli.probe import probe
+
+    probe(target, timeout)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(f"baton {__version__}")
