@@ -20,8 +20,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from baton.config import LogConfig
 from baton.errors import ConfigError
 
-# Each names its every request or connection at INFO, which drowns ours.
-CHATTY_LOGGERS = ("httpx", "httpcore", "huggingface_hub", "uvicorn.access", "filelock")
+# Each tells of every request, connection or phase of its own at INFO, which drowns what we say.
+CHATTY_LOGGERS = ("httpx", "httpcore", "huggingface_hub", "uvicorn", "filelock")
+MAX_TEXT_VALUE = 80  # characters of one field on a terminal; JSON has them all
 
 STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 TRANSFER_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -123,6 +124,8 @@ def _text_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = str(value)
+    if len(text) > MAX_TEXT_VALUE:
+        text = text[: MAX_TEXT_VALUE - 3] + "..."
     return json.dumps(text) if not text or any(c.isspace() for c in text) else text
 
 

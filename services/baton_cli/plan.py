@@ -114,6 +114,7 @@ def _worker_config(config: UpConfig, index: IndexConfig, role: Role, number: int
         worker_id="" if index.index == "redis" and index == config.index else f"{role}-{number}",
         roles=(role,),
         metrics_port=0,
+        stop_grace_s=config.stop_grace_s,
         model=config.model,
         engine=config.engine,
         transfer=config.transfer,

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from baton.config import IndexConfig, LogConfig, UpConfig, WorkerConfig
+from baton.config import IndexConfig, LogConfig, UpConfig
 from baton.errors import Unavailable
 from baton_cli import plan
 from baton_cli.chat_client import ChatClient
@@ -24,7 +24,7 @@ from baton_cli.supervisor import Child, ChildDied, ChildSpec, StartTimeout, Supe
 from baton_cli.view import View
 
 READY_POLL_S = 0.05
-STOP_GRACE_S = WorkerConfig.stop_grace_s + 5.0  # a worker lets running requests end first
+KILL_AFTER_S = 5.0  # behind the time that children give their running requests
 
 
 async def up(config: UpConfig, log: LogConfig, view: View, *, first_request: bool) -> int:
@@ -32,7 +32,7 @@ async def up(config: UpConfig, log: LogConfig, view: View, *, first_request: boo
 
     In every case nothing that it started is left."""
     plan.check_machine(config)
-    fleet = Supervisor(view.line, grace_s=STOP_GRACE_S)
+    fleet = Supervisor(view.line, grace_s=config.stop_grace_s + KILL_AFTER_S)
     serving = asyncio.create_task(Up(config, log, view, fleet).run(first_request))
     with _signals_end(serving, fleet, view):
         try:
