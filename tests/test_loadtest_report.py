@@ -256,10 +256,10 @@ def _records(num: int) -> list[RequestRecord]:
     ]
 
 
-def _report(records: Sequence[RequestRecord], *, cpu_share: float = 0.1) -> Report:
+def _report(records: Sequence[RequestRecord], *, cpu_share: float = 0.1, kind: str = "words") -> Report:
     return Report(
         regime="closed loop, 1 user <script>alert(1)</script>",
-        parameters={"model": "m", "base_url": "http://h/v1", "slo": "e2e=1", "warmup": 0},
+        parameters={"model": "m", "base_url": "http://h/v1", "slo": "e2e=1", "prompt_kind": kind},
         server={},
         metrics=measure(records, slo=Slo(e2e=1)),
         cost=ClientCost(0.1, cpu_share, 0.5, 0.6, 1, 1),
@@ -323,6 +323,14 @@ def test_the_json_line_is_one_line_of_plain_json() -> None:
 def test_a_busy_client_is_told() -> None:
     assert any("90% of a core" in warning for warning in _report(_records(20), cpu_share=0.9).warnings())
     assert not any("of a core" in warning for warning in _report(_records(20)).warnings())
+
+
+def test_prompts_that_the_server_knew_before_are_told() -> None:
+    cached = [replace(record, num_prompt_tokens=100, num_cached_tokens=94) for record in _records(20)]
+    new = [replace(record, num_prompt_tokens=100, num_cached_tokens=3) for record in _records(20)]
+    assert any("94% of the prompt tokens were cached" in warning for warning in _report(cached).warnings())
+    assert not any("cached" in warning for warning in _report(new).warnings())
+    assert not any("cached" in warning for warning in _report(cached, kind="shared-prefix").warnings())
 
 
 def test_a_late_client_is_told() -> None:

@@ -35,6 +35,7 @@ _APIS = ("auto", "chat", "completions")
 _DEFAULT_CONCURRENCY = 8
 _DEFAULT_NUM_REQUESTS = 100
 _PLAIN_PROGRESS_S = 5.0
+_PLAIN_WIDTH = 110  # of the table in a file or a pipe
 # (prompt lengths, output lengths) where the user gave none. Demo answers are two words and an end.
 _DEFAULT_LENGTHS = {PromptKind.DEMO: ("uniform:4-40", "fixed:16")}
 _OTHER_LENGTHS = ("uniform:64-256", "fixed:64")
@@ -72,7 +73,9 @@ def loadtest(
         bool | None,
         typer.Option(help="Answers of full length. Default: for generated prompts other than demo."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed is the same workload.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="The same seed sends the same prompts: cached the second time.")
+    ] = 0,
     slo: Annotated[str, typer.Option(help="Goodput objectives, as in ttft=0.5,itl=50ms,tpot=..,e2e=..")] = "",
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 120.0,
     max_connections: Annotated[int, typer.Option(help="Of an open loop; more requests wait.")] = 512,
@@ -169,7 +172,7 @@ class Plan:
             interrupted=interrupted,
         )
         measured = without_warmup(records, self.extent.num_warmup)
-        Console().print(render(report, measured))
+        Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH).print(render(report, measured))
         if out is not None:
             write_records(records, out / "records.jsonl")
             (out / "report.json").write_text(report.json_line() + "\n")

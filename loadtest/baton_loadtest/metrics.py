@@ -17,11 +17,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from baton.errors import ConfigError
 from baton_loadtest.record import RequestRecord
 
-MAX_ERROR_EXAMPLES = 5
+MAX_EXAMPLES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class Metrics:
     num_checked: int  # answers that could be compared with the expected ones
     num_wrong: int
     errors: dict[str, int]  # by kind, most frequent first
-    error_examples: tuple[str, ...]
+    error_examples: tuple[str, ...]  # one of each kind
     wrong_examples: tuple[str, ...]
     window_s: float
     drain_s: float  # of the window, after the last sending
@@ -163,8 +164,10 @@ def measure(records: Sequence[RequestRecord], *, num_warmup: int = 0, slo: Slo |
         num_checked=sum(record.correct is not None for record in succeeded),
         num_wrong=len(wrong),
         errors=_counted(record.error_label for record in measured if not record.ok),
-        error_examples=_distinct(f"{r.error_label}: {r.error_text}" for r in measured if not r.ok),
-        wrong_examples=_distinct(f"{r.text.strip()!r} instead of {r.expected!r}" for r in wrong),
+        error_examples=_examples(
+            {r.error_label: f"{r.error_label}: {r.error_text}" for r in measured if not r.ok}
+        ),
+        wrong_examples=_examples({r.index: f"{r.text.strip()!r} instead of {r.expected!r}" for r in wrong}),
         window_s=window_s,
         drain_s=drain_s,
         requests_per_s=_rate(len(succeeded), window_s),
@@ -218,8 +221,8 @@ def _counted(labels: Iterable[str]) -> dict[str, int]:
     return dict(Counter(labels).most_common())
 
 
-def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
-    return tuple(text[:300] for text in list(dict.fromkeys(texts))[:MAX_ERROR_EXAMPLES])
+def _examples(by_kind: dict[Any, str]) -> tuple[str, ...]:
+    return tuple(text[:300] for text in list(by_kind.values())[:MAX_EXAMPLES])
 
 
 def _at_most(value: float | None, bound: float) -> bool:

@@ -20,10 +20,13 @@ from rich.text import Text
 import baton
 from baton_loadtest.metrics import Distribution, Metrics
 from baton_loadtest.record import RequestRecord
+from baton_loadtest.workload import PromptKind
 
 SCHEMA = 1  # of the JSON line; grows when a field changes its meaning
 _LATE_S = 0.01  # a request sent later than this is the client's doing
+_CACHED = 0.1  # of the prompt tokens; made-up prompts that are new to the server share nearly nothing
 _BUSY = 0.8  # CPU seconds per second: the client's one thread is nearly full
+_NEW_PROMPTS = (PromptKind.DEMO, PromptKind.WORDS, PromptKind.RANDOM)
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -100,6 +103,11 @@ class Report:
         if self.cost.cpu_share > _BUSY:
             found.append(
                 f"the client used {self.cost.cpu_share:.0%} of a core: its own time stamps may be late"
+            )
+        cached = metrics.num_cached_tokens / max(metrics.num_prompt_tokens, 1)
+        if cached > _CACHED and self.parameters["prompt_kind"] in _NEW_PROMPTS:
+            found.append(
+                f"{cached:.0%} of the prompt tokens were cached: sent before with this seed? take another"
             )
         if metrics.num_wrong:
             found.append(f"{metrics.num_wrong} of {metrics.num_checked} answers are wrong")
@@ -181,7 +189,7 @@ def latency_cells(values: Distribution | None) -> list[str]:
     if values is None:
         return ["-"] * 6 + ["0"]
     times = (values.mean, values.p50, values.p90, values.p95, values.p99, values.max)
-    return [f"{seconds * 1e3:.2f}" for seconds in times] + [str(values.num)]
+    return [_milliseconds(seconds) for seconds in times] + [str(values.num)]
 
 
 def _goodput(report: Report) -> Text:
@@ -208,6 +216,12 @@ def write_records(records: Sequence[RequestRecord], path: Path) -> None:
     with path.open("wb") as file:
         for record in sorted(records, key=lambda record: record.index):
             file.write(orjson.dumps(asdict(record), option=orjson.OPT_APPEND_NEWLINE))
+
+
+def _milliseconds(seconds: float) -> str:
+    """Three digits or more, and never wider than a column."""
+    milliseconds = seconds * 1e3
+    return f"{milliseconds:.{2 if milliseconds < 10 else 1 if milliseconds < 1000 else 0}f}"
 
 
 def _or_dash(value: float | None, spec: str) -> str:
