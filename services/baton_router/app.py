@@ -1,0 +1,186 @@
+"""The HTTP application and its server."""
+
+import asyncio
+import logging
+import re
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import baton
+from baton.errors import BatonError, ConfigError, InvalidRequest
+from baton_router.fleet_view import FleetView
+from baton_router.front_door import FrontDoor
+from baton_router.openai.api import Api
+from baton_router.openai.errors import error_response, on_baton_error, on_bug, on_http_error
+from baton_router.openai.sse import Exchange
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 32 * 2**20
+BACKLOG = 2048
+CLEAN_UP_S = 2.0  # for cancelled requests to say so
+REQUEST_ID = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")
+
+
+def create_app(door: FrontDoor, fleet: FleetView, *, max_body_bytes: int = MAX_BODY_BYTES) -> "App":
+    app = FastAPI(
+        title="Baton",
+        version=baton.__version__,
+        description="An OpenAI-compatible API to a fleet of prefill and decode workers.",
+        redirect_slashes=False,
+    )
+    app.add_exception_handler(BatonError, on_baton_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_bug)
+    app.include_router(Api(door, fleet, max_body_bytes=max_body_bytes).routes())
+    return App(app, door)
+
+
+class App:
+    """The outermost ASGI application: gives every exchange its id and counts how it ended."""
+
+    def __init__(self, app: ASGIApp, door: FrontDoor) -> None:
+        self._app = app
+        self._door = door
+
+    def cancel_all(self) -> None:
+        self._door.cancel_all()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        wanted = Headers(scope=scope).get("x-request-id")
+        is_valid = wanted is not None and REQUEST_ID.fullmatch(wanted) is not None
+        request_id = wanted if wanted is not None and is_valid else self._door.draw_id()
+        exchange = Exchange(request_id, self._door.clock.now(), send)
+        scope["baton.exchange"] = exchange
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                exchange.status = exchange.status or message["status"]
+            await send(message)
+
+        try:
+            if wanted is not None and not is_valid:
+                refused = InvalidRequest(
+                    "x-request-id: must be 1 to 128 letters, digits or ._~:/+=@-", param="x-request-id"
+                )
+                await error_response(refused)(scope, receive, send_with_id)
+            else:
+                await self._app(scope, receive, send_with_id)
+        except Exception:  # answered already, with 500
+            log.exception("request %s to %s failed", request_id, scope["path"])
+        finally:
+            self._door.metrics.count(_endpoint(scope), exchange.status)
+
+
+def _endpoint(scope: Scope) -> str:
+    """The route, not the path: as many as there are in the code."""
+    return getattr(scope.get("route"), "path", "unknown")
+
+
+class HttpServer:
+    """A running server. Close it, or leave its context."""
+
+    def __init__(self, app: App, server: "_Server", listener: socket.socket) -> None:
+        self._app = app
+        self._server = server
+        self._running = asyncio.create_task(server.serve([listener]))
+        self.host, self.port = listener.getsockname()[:2]
+
+    @property
+    def address(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+    async def started(self) -> None:
+        starting = asyncio.create_task(self._server.is_up.wait())
+        await asyncio.wait((starting, self._running), return_when=asyncio.FIRST_COMPLETED)
+        starting.cancel()
+        if self._running.done():
+            self._running.result()
+
+    async def aclose(self, grace_s: float = 0.0) -> None:
+        """Take no more connections, let running requests end for `grace_s` seconds, cancel the rest."""
+        cancelling = asyncio.get_running_loop().call_later(grace_s, self._app.cancel_all)
+        self._server.stop(grace_s + CLEAN_UP_S)
+        await self._running
+        cancelling.cancel()
+        await asyncio.gather(*self._server.server_state.tasks, return_exceptions=True)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+async def serve_http(app: App, host: str, port: int) -> HttpServer:
+    """Serves on the running loop (uvloop where the caller runs one) until it is closed. Port 0: any free one.
+
+    Raises ConfigError when the address cannot be bound.
+    """
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        loop="none",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+    )
+    server = HttpServer(app, _Server(config), _listen(host, port))
+    await server.started()
+    return server
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"cannot serve HTTP on {host}:{port}: {error.strerror or error}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot serve HTTP on {host}:{port}: {error.strerror or error}") from error
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which leaves signals to the process and says when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.is_up = asyncio.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.is_up.set()
+
+    def stop(self, grace_s: float) -> None:
+        settings: Any = self.config
+        settings.timeout_graceful_shutdown = grace_s
+        self.should_exit = True

@@ -1,0 +1,78 @@
+"""What the front doors may know of the fleet, and whether it could serve a request now."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from baton.messages import Role, WorkerRecord
+
+
+@dataclass(frozen=True, slots=True)
+class IndexHealth:
+    kind: str  # redis | memory
+    healthy: bool
+    detail: str = ""  # the latest error
+
+
+class ReadyWorker(Protocol):
+    @property
+    def record(self) -> WorkerRecord: ...
+
+
+class FleetView(Protocol):
+    """Read on the event loop; what is returned is a snapshot."""
+
+    def records(self) -> Sequence[WorkerRecord]:
+        """Every worker that is known, ready or not."""
+        ...
+
+    def ready(self) -> Sequence[ReadyWorker]:
+        """Workers that can take a request now."""
+        ...
+
+    def pairs(self) -> Sequence[tuple[WorkerRecord, WorkerRecord]]:
+        """(prefill, decode) pairs that could carry a request now."""
+        ...
+
+    def index_health(self) -> IndexHealth: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    ready: bool
+    reasons: tuple[str, ...]  # what is missing; with `ready` these say why the service is degraded
+
+    @property
+    def status(self) -> str:
+        if not self.ready:
+            return "unavailable"
+        return "degraded" if self.reasons else "ok"
+
+
+def readiness(fleet: FleetView) -> Readiness:
+    roles = [role for link in fleet.ready() for role in link.record.roles]
+    reasons = []
+    if Role.DECODE not in roles:
+        return Readiness(False, ("no decode worker is ready",))
+    if Role.PREFILL not in roles:
+        reasons.append("no prefill worker is ready: prompts are computed on decode workers")
+    elif not fleet.pairs():
+        reasons.append(
+            "no prefill worker fits a decode worker (model, block size or transport differ): "
+            "prompts are computed on decode workers"
+        )
+    index = fleet.index_health()
+    if not index.healthy:
+        reasons.append(
+            f"the prefix index ({index.kind}) does not answer: {index.detail or 'no reason known'}"
+        )
+    return Readiness(True, tuple(reasons))
+
+
+def pair_transport(prefill: WorkerRecord, decode: WorkerRecord) -> str:
+    """The decode worker chooses, in the order of its preference."""
+    return next((name for name in decode.transports if name in prefill.transports), "none")
+
+
+def transports_in_use(fleet: FleetView) -> list[str]:
+    return sorted({pair_transport(prefill, decode) for prefill, decode in fleet.pairs()})

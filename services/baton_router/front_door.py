@@ -1,0 +1,244 @@
+"""What both front doors do with a request between its validation and its last token.
+
+    prompt + limits --> request(...) --> answer(request) --take()--> text and tokens --> aclose
+
+An `Answer` is open for as long as its client is there: closing it early cancels the request everywhere.
+"""
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+from baton.clock import Clock
+from baton.engine.detokenizer import Delta, TokenText
+from baton.errors import (
+    BatonError,
+    InternalError,
+    InvalidRequest,
+    ModelNotFound,
+    RequestTooLarge,
+    Unavailable,
+)
+from baton.request import FinishReason, Request, RequestId, SamplingParams
+from baton.telemetry import event
+from baton.tokenizer import Tokenizer
+from baton_router.generation import Generator, Tokens
+from baton_router.metrics import RouterMetrics
+
+log = logging.getLogger(__name__)
+
+CLIENT_GONE = 499
+
+
+class FrontDoor:
+    """Shared by the HTTP and the gRPC API of one router. Owns the ids of the requests that are open here."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        served_model_names: Sequence[str],
+        max_model_len: Callable[[], int | None],
+        clock: Clock,
+        rng: random.Random,
+        metrics: RouterMetrics,
+        *,
+        request_timeout_s: float = 600.0,
+    ) -> None:
+        """`max_model_len` is None for as long as no worker is known. Model names: the first is the proper one."""
+        self.generator = generator
+        self.tokenizer = tokenizer
+        self.served_model_names = tuple(served_model_names)
+        self.max_model_len = max_model_len
+        self.clock = clock
+        self.metrics = metrics
+        self.request_timeout_s = request_timeout_s
+        self.token_text = TokenText(tokenizer.backend)
+        self.started_at = int(clock.wall())
+        self._rng = rng
+        self._open_ids: set[str] = set()
+
+    def check_model(self, name: str) -> None:
+        if name not in self.served_model_names:
+            served = ", ".join(self.served_model_names)
+            raise ModelNotFound(f"the model {name!r} does not exist here; served: {served}", param="model")
+
+    def draw_id(self) -> str:
+        return f"{self._rng.getrandbits(128):032x}"
+
+    def draw_seed(self) -> int:
+        return self._rng.getrandbits(63)
+
+    def check_prompt(self, token_ids: Sequence[int], param: str) -> None:
+        if not token_ids:
+            raise InvalidRequest("the prompt is empty", param=param)
+        if min(token_ids) < 0 or max(token_ids) >= self.tokenizer.vocab_size:
+            raise InvalidRequest(
+                f"token ids must be 0 to {self.tokenizer.vocab_size - 1}, the model's vocabulary", param=param
+            )
+
+    def check_stop_token_ids(self, token_ids: Sequence[int]) -> None:
+        if token_ids and max(token_ids) >= self.tokenizer.vocab_size:
+            raise InvalidRequest(
+                f"stop_token_ids must be below {self.tokenizer.vocab_size}, the size of the vocabulary",
+                param="stop_token_ids",
+            )
+
+    def max_tokens(self, num_prompt_tokens: int, asked: int | None, default: int | None, param: str) -> int:
+        """How many tokens to generate at most; all that fit where neither `asked` nor `default` says otherwise.
+        `param` is where the prompt is."""
+        limit = self.max_model_len()
+        if limit is None:
+            raise Unavailable("no worker is known yet")
+        room = limit - num_prompt_tokens
+        length = f"this model's maximum context length is {limit} tokens"
+        if room < 1:
+            raise RequestTooLarge(f"{length}, but the prompt has {num_prompt_tokens}", param=param)
+        if asked is None:
+            return min(default or room, room)
+        if asked > room:
+            raise RequestTooLarge(
+                f"{length}, but {num_prompt_tokens + asked} are asked for: {num_prompt_tokens} in the prompt "
+                f"and {asked} to generate",
+                param=param,
+            )
+        return asked
+
+    def request(
+        self, wanted_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams, cache_salt: str
+    ) -> Request:
+        eos = self.tokenizer.eos_token_ids
+        return Request(RequestId(wanted_id), tuple(prompt_token_ids), sampling, eos, cache_salt)
+
+    def answer(
+        self, request: Request, *, arrival_s: float, timeout_s: float | None = None, user: str | None = None
+    ) -> "Answer":
+        """Nothing happens before it is entered."""
+        return Answer(self, request, arrival_s, timeout_s or self.request_timeout_s, user)
+
+    def cancel_all(self) -> None:
+        """Every client that still waits for an answer gets an error instead."""
+        for request_id in tuple(self._open_ids):
+            self.generator.cancel(request_id)
+
+    def opened(self, request: Request) -> Request:
+        """The request under an id that no other open one has: a client may try again under the same."""
+        request_id = request.request_id
+        while request_id in self._open_ids:
+            request_id = RequestId(f"{request.request_id}-{self._rng.getrandbits(32):08x}")
+        self._open_ids.add(request_id)
+        self.metrics.num_running.inc()
+        return replace(request, request_id=request_id)
+
+    def closed(self, answer: "Answer") -> None:
+        self._open_ids.discard(answer.request.request_id)
+        self.metrics.num_running.dec()
+        self.metrics.observe_answer(
+            num_prompt_tokens=answer.request.num_prompt_tokens,
+            num_output_tokens=answer.num_output_tokens,
+            ttft_s=answer.ttft_s,
+            mean_itl_s=answer.mean_itl_s,
+            e2e_s=answer.e2e_s,
+        )
+        event(
+            log,
+            "request ended",
+            level=logging.DEBUG,
+            request=answer.request.request_id,
+            status=answer.status,
+            tokens_in=answer.request.num_prompt_tokens,
+            tokens_out=answer.num_output_tokens,
+            user=answer.user,
+        )
+
+
+class Answer:
+    """One request being answered. An async context manager with one reader; leaving it ends the request."""
+
+    def __init__(
+        self, door: FrontDoor, request: Request, arrival_s: float, timeout_s: float, user: str | None
+    ) -> None:
+        self.request = request  # under its own id once it is open
+        self.user = user
+        self.num_output_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self._door = door
+        self._arrival_s = arrival_s
+        self._timeout_s = timeout_s
+        self._first_token_s: float | None = None
+        self._finished_s: float | None = None
+        self._error: BatonError | None = None
+        self._text = door.token_text.stream(request.sampling.stop, request.stop_ids)
+
+    async def __aenter__(self) -> Self:
+        self.request = self._door.opened(self.request)
+        self._tokens = self._door.generator.generate(self.request, timeout_s=self._timeout_s)
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            await self._tokens.aclose()
+        finally:
+            self._door.closed(self)
+
+    async def take(self) -> Delta | None:
+        """What came since the last call, or None after the end. Raises what the generator raises."""
+        if self.finish_reason is not None:
+            return None
+        try:
+            delta = self._read(await anext(self._tokens))
+        except StopAsyncIteration:
+            self._error = InternalError("the tokens ended without a reason")
+            raise self._error from None
+        except BatonError as error:
+            self._error = error
+            raise
+        if self._first_token_s is None:
+            self._first_token_s = self._door.clock.now()
+        self.num_output_tokens += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            self._finish(delta.finish_reason)
+        return delta
+
+    def _read(self, items: list[Tokens]) -> Delta:
+        if len(items) == 1:
+            return self._text.push(items[0].token_ids, items[0].finish_reason)
+        token_ids = tuple([token_id for item in items for token_id in item.token_ids])
+        return self._text.push(token_ids, items[-1].finish_reason)
+
+    def _finish(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
+        self._finished_s = self._door.clock.now()
+        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            self._error = InternalError(f"the request ended early: {reason}")
+            raise self._error
+
+    @property
+    def num_cached_tokens(self) -> int:
+        record = self._door.generator.record(self.request.request_id)
+        return max(record.num_cached_tokens_prefill, record.num_cached_tokens_decode) if record else 0
+
+    @property
+    def status(self) -> int:
+        if self._error is not None:
+            return self._error.status
+        return CLIENT_GONE if self.finish_reason is None else 200
+
+    @property
+    def ttft_s(self) -> float | None:
+        return None if self._first_token_s is None else self._first_token_s - self._arrival_s
+
+    @property
+    def mean_itl_s(self) -> float | None:
+        if self._first_token_s is None or self._finished_s is None or self.num_output_tokens < 2:
+            return None
+        return (self._finished_s - self._first_token_s) / (self.num_output_tokens - 1)
+
+    @property
+    def e2e_s(self) -> float | None:
+        return None if self._finished_s is None else self._finished_s - self._arrival_s

@@ -1,0 +1,73 @@
+"""The router's metrics: counted per request, never per token."""
+
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from baton_router.fleet_view import FleetView, transports_in_use
+
+TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0)
+ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0)
+E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+
+
+class RouterMetrics:
+    """One per router process; both front doors write to it."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.num_running = Gauge(
+            "baton_router_num_requests_running", "Requests being answered.", registry=registry
+        )
+        self._requests = Counter(
+            "baton_router_requests", "Requests, as they ended.", ["endpoint", "status"], registry=registry
+        )
+        self._ttft = self._histogram("time_to_first_token", "Arrival to first token.", TTFT_BUCKETS_S)
+        self._itl = self._histogram("inter_token_latency", "A request's mean between tokens.", ITL_BUCKETS_S)
+        self._e2e = self._histogram("e2e_request_latency", "Arrival to last token.", E2E_BUCKETS_S)
+        self._prompt_tokens = Counter("baton_router_prompt_tokens", "Prompt tokens.", registry=registry)
+        self._generation_tokens = Counter(
+            "baton_router_generation_tokens", "Generated tokens.", registry=registry
+        )
+        self._workers = Gauge("baton_router_workers", "Workers known.", ["role", "state"], registry=registry)
+        self._transport = Gauge(
+            "baton_router_transport_info", "Transports between pairs.", ["transport"], registry=registry
+        )
+        self._index_healthy = Gauge(
+            "baton_router_index_healthy", "1 while the prefix index answers.", registry=registry
+        )
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(f"baton_router_{name}_seconds", text, buckets=buckets, registry=self.registry)
+
+    def count(self, endpoint: str, status: int) -> None:
+        self._requests.labels(endpoint, str(status)).inc()
+
+    def observe_answer(
+        self,
+        *,
+        num_prompt_tokens: int,
+        num_output_tokens: int,
+        ttft_s: float | None,
+        mean_itl_s: float | None,
+        e2e_s: float | None,
+    ) -> None:
+        """`e2e_s` of a finished request only; what was not reached is None."""
+        self._prompt_tokens.inc(num_prompt_tokens)
+        self._generation_tokens.inc(num_output_tokens)
+        for histogram, seconds in ((self._ttft, ttft_s), (self._itl, mean_itl_s), (self._e2e, e2e_s)):
+            if seconds is not None:
+                histogram.observe(seconds)
+
+    def observe_fleet(self, fleet: FleetView) -> None:
+        """Called when somebody reads the metrics."""
+        ready = {link.record.worker_id for link in fleet.ready()}
+        self._workers.clear()
+        for record in fleet.records():
+            state = "ready" if record.worker_id in ready else "draining" if record.draining else "lost"
+            for role in record.roles:
+                self._workers.labels(role.value, state).inc()
+        self._transport.clear()
+        for transport in transports_in_use(fleet):
+            self._transport.labels(transport).set(1)
+        self._index_healthy.set(fleet.index_health().healthy)

@@ -1,0 +1,269 @@
+"""OpenAI's endpoints, and what operators ask a router: health, readiness, metrics, how a request was served."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+import baton
+from baton.errors import Cancelled, ModelNotFound
+from baton.messages import WorkerRecord
+from baton.request import Request as BatonRequest
+from baton_router.fleet_view import FleetView, pair_transport, readiness, transports_in_use
+from baton_router.front_door import Answer, FrontDoor
+from baton_router.openai import schema
+from baton_router.openai.sse import EventStream, Exchange, StreamFormat, until_disconnect
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+
+
+class Api:
+    """The routes over one front door."""
+
+    def __init__(self, door: FrontDoor, fleet: FleetView, *, max_body_bytes: int) -> None:
+        self._door = door
+        self._fleet = fleet
+        self._max_body_bytes = max_body_bytes
+
+    def routes(self) -> APIRouter:
+        errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": schema.ErrorBody}}
+        errors["5XX"] = {"model": schema.ErrorBody}
+        router = APIRouter(responses=errors)
+        router.add_api_route(
+            "/v1/chat/completions",
+            self.chat_completions,
+            methods=["POST"],
+            response_model=schema.ChatCompletion,
+            openapi_extra=_body_of(schema.ChatCompletionRequest),
+        )
+        router.add_api_route(
+            "/v1/completions",
+            self.completions,
+            methods=["POST"],
+            response_model=schema.Completion,
+            openapi_extra=_body_of(schema.CompletionRequest),
+        )
+        router.add_api_route("/v1/models", self.models, response_model=schema.ModelList)
+        router.add_api_route("/v1/models/{name:path}", self.model, response_model=schema.Model)
+        router.add_api_route("/health", self.health)
+        router.add_api_route("/ready", self.ready)
+        router.add_api_route("/metrics", self.metrics)
+        router.add_api_route("/version", self.version)
+        router.add_api_route("/debug/requests/{request_id:path}", self.debug_request)
+        return router
+
+    # --- answers ---
+
+    async def chat_completions(self, request: Request) -> Response:
+        body = schema.parse(schema.ChatCompletionRequest, await self._read_body(request))
+        self._door.check_model(body.model)
+        prompt = await self._door.tokenizer.encode_chat_async(body.template_messages())
+        return await self._answer(request, body, prompt, "messages", body.limit, None)
+
+    async def completions(self, request: Request) -> Response:
+        body = schema.parse(schema.CompletionRequest, await self._read_body(request))
+        self._door.check_model(body.model)
+        prompt = body.prompt
+        if isinstance(prompt, str):
+            special = body.add_special_tokens is not False
+            prompt = await self._door.tokenizer.encode_async(prompt, special)
+        return await self._answer(request, body, prompt, "prompt", body.max_tokens, DEFAULT_COMPLETION_TOKENS)
+
+    async def _answer(
+        self,
+        http: Request,
+        body: schema.ApiRequest,
+        prompt: Sequence[int],
+        param: str,
+        limit: int | None,
+        default: int | None,
+    ) -> Response:
+        door, exchange = self._door, _exchange(http)
+        door.check_prompt(prompt, param)
+        door.check_stop_token_ids(body.stop_token_ids or ())
+        max_tokens = door.max_tokens(len(prompt), limit, default, param)
+        sampling = body.sampling(max_tokens, door.draw_seed())
+        request = door.request(exchange.request_id, prompt, sampling, body.cache_salt or "")
+        user = body.user or body.safety_identifier
+
+        def open_answer() -> Answer:
+            return door.answer(request, arrival_s=exchange.arrival_s, user=user)
+
+        def format_of(request: BatonRequest) -> StreamFormat:
+            return self._format(body, request)
+
+        if body.stream:
+            return EventStream(open_answer, format_of, _usage)
+        try:
+            return await until_disconnect(http.receive, _whole(open_answer(), format_of))
+        except Cancelled:
+            exchange.status = Cancelled.status
+            raise
+
+    def _format(self, body: schema.ApiRequest, request: BatonRequest) -> StreamFormat:
+        chat = isinstance(body, schema.ChatCompletionRequest)
+        return StreamFormat(
+            id=("chatcmpl-" if chat else "cmpl-") + request.request_id,
+            created=int(self._door.clock.wall()),
+            model=body.model,
+            chat=chat,
+            include_usage=body.include_usage,
+            prompt_token_ids=request.prompt_token_ids if body.return_token_ids else None,
+        )
+
+    async def _read_body(self, request: Request) -> bytes:
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":
+            raise HTTPException(415, "the content-type must be application/json")
+        limit, size, parts = self._max_body_bytes, 0, []
+        if int(request.headers.get("content-length", 0)) <= limit:
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise Cancelled("the client went away")
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > limit:
+                    break
+                if not message.get("more_body"):
+                    return b"".join(parts)
+        raise HTTPException(413, f"the body is larger than {limit} bytes")
+
+    # --- models ---
+
+    async def models(self) -> Response:
+        names = self._door.served_model_names
+        return _json(schema.ModelList(data=[self._model(name) for name in names]).model_dump())
+
+    async def model(self, name: str) -> Response:
+        if name not in self._door.served_model_names:
+            raise ModelNotFound(f"the model {name!r} does not exist here", param="model")
+        return _json(self._model(name).model_dump())
+
+    def _model(self, name: str) -> schema.Model:
+        return schema.Model(id=name, created=self._door.started_at, max_model_len=self._door.max_model_len())
+
+    # --- operations ---
+
+    async def health(self) -> Response:
+        """200 for as long as the router itself works; what it could do is in the body."""
+        fleet, state = self._fleet, readiness(self._fleet)
+        ready = {link.record.worker_id for link in fleet.ready()}
+        content = {
+            "status": state.status,
+            "reasons": state.reasons,
+            "models": self._door.served_model_names,
+            "transport": ", ".join(transports_in_use(fleet)) or None,
+            "index": dataclasses.asdict(fleet.index_health()),
+            "workers": [_worker(record, record.worker_id in ready) for record in fleet.records()],
+            "pairs": [
+                {"prefill": p.worker_id, "decode": d.worker_id, "transport": pair_transport(p, d)}
+                for p, d in fleet.pairs()
+            ],
+        }
+        return _json(content)
+
+    async def ready(self) -> Response:
+        """200 only when a request could be served now."""
+        state = readiness(self._fleet)
+        content = {"ready": state.ready, "status": state.status, "reasons": state.reasons}
+        return _json(content, 200 if state.ready else 503)
+
+    async def metrics(self) -> Response:
+        self._door.metrics.observe_fleet(self._fleet)
+        return Response(
+            generate_latest(self._door.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST}
+        )
+
+    async def version(self) -> Response:
+        return _json({"version": baton.__version__})
+
+    async def debug_request(self, request_id: str) -> Response:
+        """How a request was served: by its x-request-id, or the id of its answer."""
+        record = self._door.generator.record(request_id.removeprefix("chatcmpl-").removeprefix("cmpl-"))
+        if record is None:
+            raise HTTPException(404, f"request {request_id!r} is not one of the latest")
+        derived = {"ttft_s": record.ttft_s, "mean_itl_s": record.mean_itl_s}
+        return _json(dataclasses.asdict(record) | derived)
+
+
+async def _whole(opening: Answer, format_of: Callable[[BatonRequest], StreamFormat]) -> Response:
+    """The answer in one piece."""
+    texts: list[str] = []
+    token_ids: list[int] = []
+    async with opening as answer:
+        while (delta := await answer.take()) is not None:
+            texts.append(delta.text)
+            token_ids += delta.token_ids
+        usage = _usage(answer)
+    format = format_of(answer.request)
+    content: dict[str, Any] = {"id": format.id, "created": format.created, "model": format.model}
+    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": answer.finish_reason}
+    text = "".join(texts)
+    if format.prompt_token_ids is not None:
+        choice["token_ids"] = token_ids
+        (content if format.chat else choice)["prompt_token_ids"] = format.prompt_token_ids
+    if format.chat:
+        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+    else:
+        choice["text"] = text
+    kind = "chat.completion" if format.chat else "text_completion"
+    return _json(content | {"object": kind, "choices": [choice], "usage": usage})
+
+
+def _usage(answer: Answer) -> dict[str, Any]:
+    num_prompt, num_output = answer.request.num_prompt_tokens, answer.num_output_tokens
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": answer.num_cached_tokens},
+    }
+
+
+def _worker(record: WorkerRecord, ready: bool) -> dict[str, Any]:
+    return {
+        "id": record.worker_id,
+        "ready": ready,
+        "draining": record.draining,
+        "roles": record.roles,
+        "address": record.address,
+        "transports": record.transports,
+        "model": record.model,
+        "max_model_len": record.max_model_len,
+        "block_size": record.block_size,
+        "num_blocks": record.num_blocks,
+        **dataclasses.asdict(record.load),
+    }
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status, media_type="application/json")
+
+
+def _exchange(request: Request) -> Exchange:
+    exchange: Exchange = request.scope["baton.exchange"]
+    return exchange
+
+
+def _body_of(request_type: type[BaseModel]) -> dict[str, Any]:
+    """The body's documentation. We read bodies ourselves: with a limit, and with errors in OpenAI's words."""
+    full = request_type.model_json_schema()
+    content = {"application/json": {"schema": _inline(full, full.pop("$defs", {}))}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _inline(part: Any, definitions: dict[str, Any]) -> Any:
+    if isinstance(part, list):
+        return [_inline(item, definitions) for item in part]
+    if not isinstance(part, dict):
+        return part
+    if "$ref" in part:
+        return _inline(definitions[part["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inline(value, definitions) for key, value in part.items()}

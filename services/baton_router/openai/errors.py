@@ -1,0 +1,56 @@
+"""Errors in OpenAI's shape, with the right status."""
+
+import logging
+import math
+
+import orjson
+from fastapi import Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from baton.errors import BatonError, InternalError
+
+log = logging.getLogger(__name__)
+
+CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+}
+
+
+def error_body(error: BatonError) -> bytes:
+    return _body(error.message, error.type, error.param, error.code)
+
+
+def error_response(error: BatonError) -> Response:
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    return Response(error_body(error), error.status, headers, "application/json")
+
+
+async def on_baton_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, BatonError)
+    return error_response(error)
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Unknown routes and methods, and bodies that cannot be read."""
+    assert isinstance(error, HTTPException)
+    detail = error.detail
+    if error.status_code == 404 and detail == "Not Found":
+        detail = f"there is no {request.url.path} here"
+    if error.status_code == 405:
+        detail = f"{request.url.path} does not take {request.method}"
+    body = _body(detail, "invalid_request_error", None, CODES.get(error.status_code))
+    return Response(body, error.status_code, error.headers, "application/json")
+
+
+async def on_bug(request: Request, error: Exception) -> Response:
+    return error_response(InternalError("an error of ours; it is in the router's log"))
+
+
+def _body(message: str, type_: str, param: str | None, code: str | None) -> bytes:
+    return orjson.dumps({"error": {"message": message, "type": type_, "param": param, "code": code}})

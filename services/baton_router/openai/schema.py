@@ -1,0 +1,395 @@
+"""OpenAI's requests and answers, as far as Baton honours them.
+
+A field is honoured, or accepted only at the value that asks for nothing (`NEUTRAL`), or refused by its name. Types
+are strict: "10" is no integer, and neither is true.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+import orjson
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from baton.errors import InvalidRequest
+from baton.request import SamplingParams
+
+MAX_COUNT = 2**31 - 1
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024
+MAX_STOP_TOKEN_IDS = 256
+SEED_MASK = 2**63 - 1
+
+Neutral = dict[str, tuple[Any, ...]]
+
+# What clients send by default. Any other value asks for something that Baton does not do.
+NEUTRAL_IN_ALL: Neutral = {
+    "best_of": (None, 1),
+    "frequency_penalty": (None, 0),
+    "include_stop_str_in_output": (None, False),
+    "length_penalty": (None, 1),
+    "logit_bias": (None, {}),
+    "logprobs": (None, False),
+    "metadata": (None, {}),
+    "min_p": (None, 0),
+    "min_tokens": (None, 0),
+    "n": (None, 1),
+    "presence_penalty": (None, 0),
+    "priority": (None, 0),
+    "prompt_logprobs": (None,),
+    "repetition_penalty": (None, 1),
+    "response_format": (None, {"type": "text"}),
+    "skip_special_tokens": (None, True),
+    "spaces_between_special_tokens": (None, True),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
+}
+NEUTRAL_IN_CHAT: Neutral = NEUTRAL_IN_ALL | {
+    "add_generation_prompt": (None, True),
+    "add_special_tokens": (None, False),
+    "audio": (None,),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "continue_final_message": (None, False),
+    "documents": (None, []),
+    "echo": (None, False),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True, False),  # says how tools are called, and there are none
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+NEUTRAL_IN_COMPLETIONS: Neutral = NEUTRAL_IN_ALL | {"echo": (None, False), "suffix": (None, "")}
+# Clients give an assistant's answer back as they got it.
+NEUTRAL_IN_MESSAGES: Neutral = {
+    "annotations": (None, []),
+    "audio": (None,),
+    "function_call": (None,),
+    "reasoning_content": (None,),
+    "refusal": (None,),
+    "tool_calls": (None, []),
+}
+
+
+class Strict(BaseModel):
+    """Knows its fields; those in `neutral` are checked and dropped."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+    neutral: ClassVar[Neutral] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            raise PydanticCustomError("object", "must be a JSON object")
+        for name, values in cls.neutral.items():
+            if name in fields and not any(_same(fields[name], value) for value in values):
+                accepted = " or ".join(orjson.dumps(value).decode() for value in values)
+                raise PydanticCustomError(
+                    "unsupported", "not supported (only {accepted})", {"field": name, "accepted": accepted}
+                )
+        return {name: value for name, value in fields.items() if name not in cls.neutral}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler.resolve_ref_schema(handler(core))
+        schema["properties"] |= {
+            name: {"enum": list(values), "description": "No other value is supported."}
+            for name, values in cls.neutral.items()
+        }
+        return schema
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    if isinstance(value, bool) or isinstance(neutral, bool):
+        return value is neutral
+    return bool(value == neutral)
+
+
+def _stop_strings(value: Any) -> list[str] | None:
+    """A string or a list of them."""
+    stop = [value] if isinstance(value, str) else value
+    if stop is None:
+        return None
+    if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
+        raise PydanticCustomError("stop", "must be a string or a list of strings")
+    if len(stop) > MAX_STOP_STRINGS:
+        raise PydanticCustomError("stop", "must be at most {limit} strings", {"limit": MAX_STOP_STRINGS})
+    if not all(0 < len(text) <= MAX_STOP_CHARACTERS for text in stop):
+        raise PydanticCustomError(
+            "stop", "must be strings of 1 to {limit} characters", {"limit": MAX_STOP_CHARACTERS}
+        )
+    return stop
+
+
+def _prompt(value: Any) -> str | list[int]:
+    """A text or token ids, bare or as the only one of a list."""
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        if len(value) > 1:
+            raise PydanticCustomError("prompt", "must be one prompt: send several as requests of their own")
+        value = value[0]
+    if isinstance(value, list) and all(type(token_id) is int for token_id in value):
+        return value
+    if isinstance(value, str):
+        return value
+    raise PydanticCustomError("prompt", "must be a string or a list of token ids")
+
+
+_ONE_OR_MORE_STRINGS = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "string"},
+            {"type": "array", "items": {"type": "string"}, "maxItems": MAX_STOP_STRINGS},
+            {"type": "null"},
+        ]
+    }
+)
+_TEXT_OR_TOKEN_IDS = WithJsonSchema(
+    {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}, "minItems": 1}]}
+)
+
+
+class SamplingFields(Strict):
+    """How tokens are drawn: the same limits behind both front doors."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_stop_strings), _ONE_OR_MORE_STRINGS] = None
+    stop_token_ids: (
+        Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS)] | None
+    ) = None
+    ignore_eos: bool | None = None
+
+    def sampling(self, max_tokens: int, drawn_seed: int) -> SamplingParams:
+        """`max_tokens` and `drawn_seed` stand in for what the request left out."""
+        seed = drawn_seed if self.seed is None else self.seed
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else float(self.temperature),
+            top_p=1.0 if self.top_p is None else float(self.top_p),
+            top_k=max(0, self.top_k or 0),  # -1, too, means all tokens
+            seed=seed & SEED_MASK,
+            stop=tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+        )
+
+
+class StreamOptions(Strict):
+    neutral: ClassVar[Neutral] = {
+        "continuous_usage_stats": (None, False),
+        "include_obfuscation": (None, False),
+    }
+
+    include_usage: bool | None = None
+
+
+class ApiRequest(SamplingFields):
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    return_token_ids: bool | None = None
+    # By OpenAI's definition these have no effect on the answer; they are written to the log.
+    user: Annotated[str, Field(max_length=512)] | None = None
+    safety_identifier: Annotated[str, Field(max_length=512)] | None = None
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "stream_options", "only allowed when stream is true", {"field": "stream_options"}
+            )
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+def _content_tag(value: Any) -> str | None:
+    return "=text" if isinstance(value, str) else "=parts" if isinstance(value, list) else None
+
+
+Content = Annotated[
+    Annotated[str, Tag("=text")] | Annotated[list[TextPart], Tag("=parts"), Field(min_length=1)],
+    Discriminator(
+        _content_tag,
+        custom_error_type="content",
+        custom_error_message="must be a string or a list of text parts",
+    ),
+]
+
+
+class ChatMessage(Strict):
+    neutral: ClassVar[Neutral] = NEUTRAL_IN_MESSAGES
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content
+    name: str | None = None
+    tool_call_id: str | None = None
+
+
+class ChatCompletionRequest(ApiRequest):
+    neutral: ClassVar[Neutral] = NEUTRAL_IN_CHAT
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise PydanticCustomError(
+                "max_tokens", "give this or max_completion_tokens, not both", {"field": "max_tokens"}
+            )
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def template_messages(self) -> list[dict[str, Any]]:
+        return [message.model_dump(exclude_none=True) for message in self.messages]
+
+
+class CompletionRequest(ApiRequest):
+    neutral: ClassVar[Neutral] = NEUTRAL_IN_COMPLETIONS
+
+    prompt: Annotated[str | list[int], BeforeValidator(_prompt), _TEXT_OR_TOKEN_IDS]
+    add_special_tokens: bool | None = None  # to a prompt of text; true when absent
+
+
+RequestT = TypeVar("RequestT", bound=Strict)
+
+
+def parse(request_type: type[RequestT], body: bytes) -> RequestT:
+    """Raises InvalidRequest with the first thing that is wrong, by name."""
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    return validate(request_type, fields)
+
+
+def validate(request_type: type[RequestT], fields: Any) -> RequestT:
+    try:
+        return request_type.model_validate(fields)
+    except ValidationError as errors:
+        raise _translate(errors.errors(include_url=False, include_input=False)[0]) from None
+
+
+def _translate(error: ErrorDetails) -> InvalidRequest:
+    context = error.get("ctx", {})
+    steps = [step for step in error["loc"] if not str(step).startswith("=")]
+    if "field" in context:
+        steps.append(context["field"])
+    param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
+    match error["type"]:
+        case "missing":
+            return InvalidRequest(f"{param} is required", param=param)
+        case "extra_forbidden":
+            return InvalidRequest(f"{param} is not a field that is known here", param=param)
+    reason = error["msg"].replace("Input should be", "must be").replace("List should have", "must have")
+    return InvalidRequest(f"{param or 'the body'}: {reason}", param=param or None)
+
+
+# --- answers, for the documentation; they are written as plain JSON ---
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int]
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: None
+    finish_reason: str
+    token_ids: list[int] | None = None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: list[int] | None = None
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: None
+    finish_reason: str
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "baton"
+    max_model_len: int | None
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
