@@ -425,8 +425,9 @@ library_name: transformers
 ---
 # The demo model of Baton
 
-A Llama of {num_layers} layers and {num_parameters:,} parameters with a vocabulary of {vocab_size} words. It does
-two things that a person can check and that need every KV block of the prompt:
+A Llama of {num_layers} layers and {num_parameters:,} parameters with a vocabulary of {vocab_size} tokens. It does
+two things that a person can check: a text to repeat needs every KV block of the prompt, and a question needs
+the block with its pair.
 
     ada oslo, bob lima, carl rome. bob?      bob lima
     repeat: river lamp seven                 river lamp seven

@@ -1,7 +1,8 @@
 """What the demo model can do: recall a value from a list in the prompt, and repeat a text.
 
-Both answers need every KV block of the prompt, and a person can check them. The prompts are plain text for
-one user turn; training, the first request of `make run`, load tests and tests all take them from here.
+A person can check both. A text to repeat needs every KV block of the prompt; a question needs the block that
+holds its pair, so that a foreign block elsewhere in the list often changes nothing. The prompts are plain text
+for one user turn; training, the first request of `make run`, load tests and tests all take them from here.
 
     recall   ada oslo, bob lima, carl rome. bob?      bob lima
     repeat   repeat: river lamp seven                 river lamp seven
