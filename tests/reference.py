@@ -96,9 +96,11 @@ def make_model(kind: str, directory: Path, seed: int = 0) -> Path:
 def load_reference(directory: Path) -> Any:
     """The same model with transformers' own attention, float32."""
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
+    model.generation_config = GenerationConfig()  # else `generate` takes the checkpoint's EOS where we say none
+    return model
 
 
 def random_prompts(
