@@ -39,16 +39,16 @@ from baton_cli.chat_client import ChatClient, ChatError
 from baton_cli.flags import spread
 from baton_cli.main import app, main
 from baton_cli.probe import probe
-from baton_cli.supervisor import ChildDied, ChildSpec
+from baton_cli.supervisor import ChildDied, ChildSpec, Supervisor
 from baton_cli.up import up
 from baton_cli.view import View
 
 SLOW_IMPORTS = {"torch", "transformers", "fastapi", "grpc", "httpx", "redis", "prometheus_client", "pydantic"}
 
 
-def baton(*args: str) -> subprocess.CompletedProcess[str]:
+def baton(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "baton_cli", *args]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=120)
 
 
 @pytest.fixture
@@ -451,6 +451,17 @@ async def test_chat_errors_are_one_line(
         await told(handler)
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+
+
+async def test_chat_answers_one_prompt_or_holds_a_conversation() -> None:
+    async with Supervisor(lambda name, line: None) as fleet:
+        child = await fleet.start(ChildSpec("router", (sys.executable, "-c", ROUTER), dict(os.environ)))
+        base_url = f"http://{(await fleet.watch(fleet.ready(child, 60)))['address']}"
+        once = await asyncio.to_thread(baton, "chat", "hello", "--base-url", base_url)
+        assert (once.returncode, once.stdout, once.stderr) == (0, "hi there\n", "")
+        talk = await asyncio.to_thread(baton, "chat", "--base-url", base_url, stdin="hello\n\n/new\nagain\n")
+        assert (talk.returncode, talk.stderr) == (0, "")
+        assert talk.stdout.count("hi there") == 2
 
 
 def test_chat_without_a_server_is_one_line() -> None:

