@@ -64,8 +64,8 @@ def decode(expected: Any, data: bytes) -> Any:
 def encode_error(error: BatonError) -> bytes:
     return error_pb2.Error(
         code=error.code,
-        message=_short_text(error.message),
-        param=None if error.param is None else _short_text(error.param),
+        message=short_text(error.message, MAX_ERROR_CHARS),
+        param=None if error.param is None else short_text(error.param, MAX_ERROR_CHARS),
         retry_after_s=error.retry_after_s,
     ).SerializeToString()
 
@@ -80,9 +80,9 @@ def decode_error(data: bytes) -> BatonError:
     return from_code(pb.code, pb.message, param, retry_after_s)
 
 
-def _short_text(text: str) -> str:
-    if len(text) > MAX_ERROR_CHARS:
-        text = text[: MAX_ERROR_CHARS - 1] + "…"
+def short_text(text: str, max_chars: int) -> str:
+    if len(text) > max_chars:
+        text = text[: max_chars - 1] + "…"
     return text.encode(errors="replace").decode()  # half of a surrogate pair is no text
 
 

@@ -9,7 +9,11 @@ them. Both implementations keep the same promises, and one contract test holds t
   reconnects by itself when the peer is back.
 - `timeout_s` is a deadline on the whole call: the caller gets `DeadlineExceeded`, the handler is cancelled.
 - A caller that is cancelled, or closes the stream early (`aclose()` of the async generator), cancels the handler.
-- Messages of one stream arrive once and in order.
+  One that is reading requests at that moment may see them end first.
+- Messages of one stream arrive once and in order. A writer that is far ahead of its reader waits.
+- A stream starts with the first `anext` of what `server_stream` or `bidi` returned.
+- `requests` of a `bidi` is read, and closed if it is an async generator, by the channel. What it raises ends the call
+  and is raised at the caller; its end tells the handler that no more requests come, and leaves the answers running.
 """
 
 import enum
@@ -40,6 +44,10 @@ class Method(Generic[Req, Res]):
     request: Any
     response: Any
 
+    @property
+    def path(self) -> str:
+        return f"/{self.service}/{self.name}"
+
 
 PREFILL: Method[m.PrefillCall, m.PrefillResult] = Method(
     "baton.v1.Prefill", "Prefill", Kind.UNARY, m.PrefillCall, m.PrefillResult
@@ -68,7 +76,8 @@ ROUTER_LIST_WORKERS: Method[m.ListWorkersCall, m.WorkerList] = Method(
 
 UnaryHandler: TypeAlias = Callable[[Any], Awaitable[Any]]
 StreamHandler: TypeAlias = Callable[[Any], AsyncGenerator[Any, None]]  # SERVER_STREAM: one request in
-# BIDI: an AsyncIterator of requests in; it ends when the caller has no more to say.
+# BIDI: an AsyncIterator of requests in; it ends when the caller has no more to say. Handlers of streams are closed
+# (`aclose`) when their call ends.
 Handlers: TypeAlias = dict[Method[Any, Any], UnaryHandler | StreamHandler]
 
 
