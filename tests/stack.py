@@ -137,8 +137,11 @@ async def running_stack(
     stack = Stack(config, redis, supervisor, output)
     try:
         async with supervisor:
-            await stack.start(*workers)
-            await stack.start("router")
+            if index == "redis":
+                await stack.start("router", *workers)
+            else:
+                await stack.start(*workers)
+                await stack.start("router")
             await stack.until_ready(len(workers))
             yield stack
     finally:

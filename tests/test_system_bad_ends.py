@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
@@ -31,7 +32,7 @@ async def ask(stack: Stack, num_pairs: int = 20, seed: int = 0) -> bool:
         return answer.json()["choices"][0]["message"]["content"].strip() == expected
 
 
-async def stream_events(stack: Stack, prompt: list[int], max_tokens: int) -> AsyncIterator[dict[str, object]]:
+async def stream_events(stack: Stack, prompt: list[int], max_tokens: int) -> AsyncIterator[dict[str, Any]]:
     body = {
         "model": "test", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
         "ignore_eos": True, "stream": True, "return_token_ids": True,
@@ -49,7 +50,9 @@ async def stream_events(stack: Stack, prompt: list[int], max_tokens: int) -> Asy
                 yield json.loads(line[6:])
 
 
-async def collect(stack: Stack, num_prompt: int, max_tokens: int, started: asyncio.Event) -> tuple[list[dict], float]:  # fmt: skip
+async def collect(
+    stack: Stack, num_prompt: int, max_tokens: int, started: asyncio.Event
+) -> tuple[list[dict[str, Any]], float]:
     prompt = [5 + i % 200 for i in range(num_prompt)]
     events = []
     async for event in stream_events(stack, prompt, max_tokens):
@@ -104,17 +107,27 @@ async def _num_used(stack: Stack, name: str) -> bool:
     return (await stack.status(name)).num_used_blocks > 0
 
 
-async def test_a_client_that_disconnects_cancels_on_both_workers(stack: Stack) -> None:
-    for num_prompt, wait_for_tokens in ((2000, False), (200, True)):
-        started = asyncio.Event()
-        client = asyncio.create_task(collect(stack, num_prompt, 3000, started))
-        if wait_for_tokens:
-            await asyncio.wait_for(started.wait(), 30)
-        else:
-            await until(lambda: _num_used(stack, "decode-0"), True, "blocks reserved on decode-0")
-        client.cancel()
-        await asyncio.gather(client, return_exceptions=True)
-        await stack.until_nothing_is_used("prefill-0", "decode-0")
+async def test_a_client_that_leaves_while_tokens_stream_cancels_on_both_workers(stack: Stack) -> None:
+    started = asyncio.Event()
+    client = asyncio.create_task(collect(stack, 200, 3000, started))
+    await asyncio.wait_for(started.wait(), 30)
+    assert await _num_used(stack, "decode-0")
+    client.cancel()
+    await asyncio.gather(client, return_exceptions=True)
+    await stack.until_nothing_is_used("prefill-0", "decode-0")
+    assert await ask(stack)
+
+
+async def test_a_client_that_leaves_during_prefill_cancels_on_both_workers(stack: Stack) -> None:
+    await stack.signal("prefill-0", signal.SIGSTOP)  # so that it leaves before the first token for sure
+    client = asyncio.create_task(collect(stack, 2000, 1000, asyncio.Event()))
+    await until(lambda: _num_used(stack, "decode-0"), True, "blocks reserved on decode-0")
+    client.cancel()
+    await asyncio.gather(client, return_exceptions=True)
+    await stack.until_nothing_is_used("decode-0")
+    await stack.signal("prefill-0", signal.SIGCONT)
+    await stack.until_nothing_is_used("prefill-0")
+    await stack.until_ready(2)
     assert await ask(stack)
 
 
