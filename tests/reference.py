@@ -99,7 +99,9 @@ def load_reference(directory: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
-    model.generation_config = GenerationConfig()  # else `generate` takes the checkpoint's EOS where we say none
+    model.generation_config = (
+        GenerationConfig()
+    )  # else `generate` takes the checkpoint's EOS where we say none
     return model
 
 

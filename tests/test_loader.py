@@ -57,9 +57,9 @@ def _refused(directory: Path, **model: Any) -> str:
     return caught.value.message
 
 
-def _fingerprint(directory: Path, block_size: int = 16, dtype: str = "float32") -> str:
+def _fingerprint(directory: Path, block_size: int = 16, dtype: str = "float32", wire_version: int = 1) -> str:
     layout = loader.kv_layout(loader.load_config(directory), block_size, dtype)
-    return loader.fingerprint(directory, layout)
+    return loader.fingerprint(directory, layout, wire_version)
 
 
 # --- where a model is ------------------------------------------------------------------------------------
@@ -230,7 +230,8 @@ def test_dtype_auto_is_float32_on_the_cpu(checkpoint: Path) -> None:
 def test_the_fingerprint_covers_all_that_decides_the_kv(copy: Path) -> None:
     base = _fingerprint(copy)
     assert base == _fingerprint(copy) and len(base) == 32
-    assert len({base, _fingerprint(copy, block_size=32), _fingerprint(copy, dtype="bfloat16")}) == 3
+    others = {"block_size": 32}, {"dtype": "bfloat16"}, {"wire_version": 2}
+    assert len({base, *(_fingerprint(copy, **other) for other in others)}) == 4
     _edit_weights(copy, lambda weights: weights["model.norm.weight"].mul_(1.001))
     changed = _fingerprint(copy)
     assert changed != base
@@ -246,11 +247,11 @@ def test_the_fingerprint_of_a_big_file_sees_its_header_length_and_samples(
     monkeypatch.setattr(loader, "_SAMPLE_BYTES", 64)
     weights = copy / "model.safetensors"
     content = bytearray(weights.read_bytes())
-    seen = {loader.fingerprint(copy, layout)}
+    seen = {loader.fingerprint(copy, layout, 1)}
     for position in (0, 63, len(content) - 1, len(content) - 64):
         content[position] ^= 1
         weights.write_bytes(content)
-        seen.add(loader.fingerprint(copy, layout))
+        seen.add(loader.fingerprint(copy, layout, 1))
     weights.write_bytes(content + b"x")
-    seen.add(loader.fingerprint(copy, layout))
+    seen.add(loader.fingerprint(copy, layout, 1))
     assert len(seen) == 6

@@ -119,7 +119,7 @@ def _mixed_rows(rng: random.Random, num_rows: int) -> list[SamplingParams]:
         SamplingParams(
             temperature=rng.choice([0.0, 0.3, 1.0, 1.7]),
             top_k=rng.choice([0, 0, 1, 7, 40, 512, 700]),
-            top_p=rng.choice([1.0, 1.0, 0.5, 0.95]),
+            top_p=rng.choice([1.0, 1.0, 0.2, 0.5, 0.95]),
             seed=rng.getrandbits(64),
         )
         for _ in range(num_rows)
@@ -142,9 +142,9 @@ def test_a_row_does_not_depend_on_its_neighbours(vocab_size: int) -> None:
 @pytest.mark.parametrize("scale", [0.01, 1.0, 8.0], ids=["flat", "usual", "peaked"])
 def test_candidates_only_is_exact(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The short cut over the most likely tokens draws what the whole vocabulary would."""
-    rng = random.Random(1)
-    logits, params = _logits(64, 4000, scale=scale), _mixed_rows(rng, 64)
-    positions = list(range(64))
+    logits, params = _logits(80, 4000, scale=scale), _mixed_rows(random.Random(1), 64)
+    params += [SamplingParams(top_k=700, top_p=0.2, seed=seed) for seed in range(16)]
+    positions = list(range(80))
     short_cut = sample(logits, params, positions)
     monkeypatch.setattr(sampler, "_NUM_CANDIDATES", 4000)
     assert sample(logits, params, positions) == short_cut
@@ -165,7 +165,7 @@ def test_a_row_without_numbers_is_marked_and_the_others_are_drawn() -> None:
     logits = _logits(4, 100)
     logits[1, 3] = torch.nan
     logits[2, 5] = torch.inf
-    tokens = sample(logits, [GREEDY, GREEDY, SamplingParams(seed=1), SamplingParams(seed=1)], [1] * 4)
+    tokens = sample(logits, [GREEDY, GREEDY, SamplingParams(top_k=5, top_p=0.5), SamplingParams()], [1] * 4)
     assert tokens[1:3] == [-1, -1]
     assert tokens[0] == logits[0].argmax().item() and tokens[3] >= 0
 

@@ -20,6 +20,7 @@ from baton.kv.storage import DTYPES, KVStorage
 from baton.model import loader
 from baton.model.attention import PagedBatch
 from baton.model_files import resolve_model
+from baton.transfer.wire import VERSION as WIRE_VERSION
 from baton_kernels import naive
 
 
@@ -71,7 +72,7 @@ class TorchModelRunner:
         return running.result()
 
     async def aclose(self) -> None:
-        self._thread.shutdown()
+        await asyncio.to_thread(self._thread.shutdown)
 
     @torch.inference_mode()
     def _run(self, batch: Batch) -> tuple[int, ...]:
@@ -164,7 +165,7 @@ def load_runner(model: ModelConfig, engine: EngineConfig, *, fill_nan: bool = Fa
         max_model_len=max_model_len,
         num_threads=engine.num_threads,
     )
-    return LoadedModel(runner, loader.fingerprint(directory, layout))
+    return LoadedModel(runner, loader.fingerprint(directory, layout, WIRE_VERSION))
 
 
 def _num_blocks(engine: EngineConfig, layout: KVLayout) -> int:

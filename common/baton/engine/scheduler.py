@@ -62,7 +62,6 @@ class Scheduler:
     def schedule(self) -> Schedule:
         budget = self._max_num_batched_tokens
         rows: list[ScheduledRow] = []
-        num_preemptions = self.num_preemptions
 
         # 1. Running sequences. The budget has a token for each of them, so only prompts can be cut short.
         for sequence in sorted(self.running, key=_computes_prompt):
@@ -73,9 +72,9 @@ class Scheduler:
                 rows.append(ScheduledRow(sequence, num_tokens))
                 budget -= num_tokens
 
-        # 2. The waiting queue, unless blocks ran short just now.
+        # 2. The waiting queue. One that had to give way above is at its head and cannot have room again already.
         admitted: list[Sequence] = []
-        while self.waiting and num_preemptions == self.num_preemptions:
+        while self.waiting:
             sequence = self.waiting[0]
             if not (sequence.remote or budget) or not self._admit(sequence):
                 break

@@ -4,7 +4,9 @@ Weights come from safetensors only: other formats can run code when they are ope
 a checkpoint is never run either.
 """
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ from baton.kv.layout import KVLayout, LayerLayout
 from baton.kv.storage import DTYPES
 from baton.model import attention
 from baton.model_files import read_json
-from baton.transfer.wire import VERSION
 
 # Types whose greedy tokens equal those of transformers' own generate() in our tests.
 SUPPORTED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -90,23 +91,22 @@ def kv_layout(config: Any, block_size: int, dtype: str) -> KVLayout:
 def load_model(directory: Path, config: Any, dtype: str, device: torch.device) -> nn.Module:
     """In evaluation mode, on `device`, with our attention. Raises ConfigError."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     _weight_files(directory)
     attention.register()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=DTYPES[dtype],
-            attn_implementation=attention.NAME,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # listed in `info`, with every name, instead of raised at the first
-            output_loading_info=True,
-        )
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=DTYPES[dtype],
+                attn_implementation=attention.NAME,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # listed for us with their names, instead of raised
+                output_loading_info=True,
+            )
     except (
         Exception
     ) as error:  # safetensors, torch and transformers raise whatever they like for a broken file
@@ -116,7 +116,7 @@ def load_model(directory: Path, config: Any, dtype: str, device: torch.device) -
     return model.to(device).eval().requires_grad_(False)
 
 
-def fingerprint(directory: Path, layout: KVLayout) -> str:
+def fingerprint(directory: Path, layout: KVLayout, wire_version: int) -> str:
     """Equal on two workers when they compute and store the same KV: 128 bit over config.json, weights, KV
     layout and wire version.
 
@@ -124,12 +124,28 @@ def fingerprint(directory: Path, layout: KVLayout) -> str:
     shapes and places of the tensors) and 256 evenly spaced MiB are taken, so that no worker reads a
     checkpoint twice to start.
     """
-    digest = xxhash.xxh3_128(f"{VERSION}\x00{layout.describe()}\x00".encode())
+    digest = xxhash.xxh3_128(f"{wire_version}\x00{layout.describe()}\x00".encode())
     for path in (directory / "config.json", *_weight_files(directory)):
         digest.update(f"{path.name}\x00{path.stat().st_size}\x00".encode())
         for piece in _pieces(path):
             digest.update(piece)
     return digest.hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no tables: what is wrong with a checkpoint is said once, by us."""
+    from transformers.utils import logging as theirs
+
+    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(logging.ERROR)
+    theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(verbosity)
+        if bars:
+            theirs.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _unsupported(config: Any) -> str | None:
