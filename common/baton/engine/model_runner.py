@@ -4,6 +4,7 @@ Everything torch does here happens in one thread of its own, so the event loop s
 """
 
 import asyncio
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -60,16 +61,15 @@ class TorchModelRunner:
 
     async def execute(self, batch: Batch) -> tuple[int, ...]:
         running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, batch)
-        cancelled: asyncio.CancelledError | None = None
-        while not running.done():
-            try:
-                await asyncio.wait((running,))
-            except asyncio.CancelledError as error:
-                cancelled = error  # the step still writes to the pool: it has to end first
-        if cancelled is not None:
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            # The step still writes to the pool: it has to end first, however often we are cancelled.
+            while not running.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait((running,))
             running.exception()
-            raise cancelled
-        return running.result()
+            raise
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._thread.shutdown)
