@@ -156,7 +156,7 @@ def test_values_that_no_field_holds_are_refused_by_name(message: Any, param: str
 
 def _step_pb(**changed: Any) -> decode_pb2.SessionResponse:
     columns = {"handles": [1, 2], "first_index": [0, 0], "num_tokens": [1, 1], "token_ids": [5, 6]} | changed
-    return decode_pb2.SessionResponse(step=columns)  # type: ignore[arg-type]
+    return decode_pb2.SessionResponse(step=columns)
 
 
 @pytest.mark.parametrize(

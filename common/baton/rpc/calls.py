@@ -1,9 +1,9 @@
-"""What both implementations do with a call: `respond` at the server, `feeding` at the caller."""
+"""What both implementations do with a call: `respond` at the server, `Feeding` at the caller."""
 
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from typing import Any
 
 from baton.errors import BatonError, InternalError, InvalidRequest
@@ -60,34 +60,35 @@ async def single(request: Any) -> AsyncGenerator[Any, None]:
     yield request
 
 
-@asynccontextmanager
-async def feeding(
-    requests: AsyncIterator[Any],
-    send: Send,
-    done: Callable[[], Awaitable[None]],
-    fail: Callable[[Exception], None],
-) -> AsyncGenerator[None, None]:
-    """While the body runs, a task of its own sends `requests`. An end calls `done`, an exception calls `fail`."""
-    task = asyncio.create_task(_feed(requests, send, done, fail))
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
+class Feeding:
+    """While its block runs, a task of its own sends `requests`. Their end calls `done`, an exception calls `fail`."""
 
+    def __init__(
+        self,
+        requests: AsyncIterator[Any],
+        send: Send,
+        done: Callable[[], Awaitable[None]],
+        fail: Callable[[Exception], None],
+    ) -> None:
+        self._requests = requests
+        self._send = send
+        self._done = done
+        self._fail = fail
 
-async def _feed(
-    requests: AsyncIterator[Any],
-    send: Send,
-    done: Callable[[], Awaitable[None]],
-    fail: Callable[[Exception], None],
-) -> None:
-    try:
-        async for request in requests:
-            await send(request)
-        await done()
-    except Exception as error:
-        fail(error)
-    finally:
-        if isinstance(requests, AsyncGenerator):
-            await requests.aclose()
+    async def __aenter__(self) -> None:
+        self._task = asyncio.create_task(self._feed())
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _feed(self) -> None:
+        try:
+            async for request in self._requests:
+                await self._send(request)
+            await self._done()
+        except Exception as error:
+            self._fail(error)
+        finally:
+            if isinstance(self._requests, AsyncGenerator):
+                await self._requests.aclose()

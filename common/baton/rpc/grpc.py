@@ -21,7 +21,7 @@ from baton.clock import Clock
 from baton.errors import BatonError, ConfigError, DeadlineExceeded, InternalError, InvalidRequest, Unavailable
 from baton.rpc import health
 from baton.rpc.base import Channel, Handlers, Method, Req, Res, Rpc, Server
-from baton.rpc.calls import feeding, respond, single, was_cancelled
+from baton.rpc.calls import Feeding, respond, single, was_cancelled
 
 ERROR_TRAILER = "baton-error-bin"
 MAX_DETAILS = 200  # characters of an error's message in the status itself; the trailer has more
@@ -30,7 +30,7 @@ MAX_MESSAGE_BYTES = 64 << 20  # a watch's snapshot of 3 million blocks; a prompt
 
 Code = grpc.StatusCode
 
-STATUS_OF: dict[str, grpc.StatusCode] = {
+_STATUS_OF: dict[str, grpc.StatusCode] = {
     errors.InvalidRequest.code: Code.INVALID_ARGUMENT,
     errors.ModelNotFound.code: Code.NOT_FOUND,
     errors.RequestTooLarge.code: Code.INVALID_ARGUMENT,
@@ -177,7 +177,7 @@ def _encoding(method: Method[Any, Any], context: Any) -> Callable[[Any], Awaitab
 
 
 def _to_status(error: BatonError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
-    code = STATUS_OF.get(error.code, Code.INTERNAL)
+    code = _STATUS_OF.get(error.code, Code.INTERNAL)
     return code, codec.short_text(error.message, MAX_DETAILS), ((ERROR_TRAILER, codec.encode_error(error)),)
 
 
@@ -248,7 +248,7 @@ class _GrpcChannel(Channel):
 
         answers = cast(AsyncGenerator[bytes, None], aiter(call))
         with self._calling(method, call):
-            async with feeding(requests, send, call.done_writing, fail), aclosing(answers):
+            async with Feeding(requests, send, call.done_writing, fail), aclosing(answers):
                 async for data in answers:
                     yield self._decoded(method, data)
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from baton.clock import Clock
 from baton.errors import BatonError, ConfigError, DeadlineExceeded, InternalError, Unavailable, from_code
 from baton.rpc.base import Channel, Handlers, Method, Req, Res, Rpc, Server
-from baton.rpc.calls import feeding, respond, single
+from baton.rpc.calls import Feeding, respond, single
 
 MAX_UNREAD = 256  # messages of one direction of one call; then the writer waits
 FIRST_FREE_PORT = 50000
@@ -83,13 +83,13 @@ class InprocRpcNetwork:
             raise Unavailable(f"nobody listens at {address}")
         return self._servers[address]
 
-    def bind(self, address: str, handlers: Handlers) -> "_Server":
+    def bind(self, address: str, handlers: Handlers, clock: Clock) -> "_Server":
         host, _, port = address.rpartition(":")
         if port == "0":
             address, self._next_port = f"{host}:{self._next_port}", self._next_port + 1
         if address in self._servers:
             raise ConfigError(f"port {port} is in use on {host}")
-        self._servers[address] = server = _Server(self, address, handlers)
+        self._servers[address] = server = _Server(self, address, handlers, clock)
         return server
 
     def unbind(self, server: "_Server") -> None:
@@ -106,7 +106,7 @@ class InprocRpc(Rpc):
         self._name = name
 
     async def serve(self, address: str, handlers: Handlers) -> Server:
-        return self._network.bind(address, handlers)
+        return self._network.bind(address, handlers, self._clock)
 
     def connect(self, address: str) -> Channel:
         return _Channel(self._network, self._name, address)
@@ -147,7 +147,7 @@ class _Channel(Channel):
         call = self._open(method, timeout_s)
         self._calls[call] = None
         try:
-            async with feeding(requests, call.up.send, call.up.finish, call.end):
+            async with Feeding(requests, call.up.send, call.up.finish, call.end):
                 async for answer in call.down:
                     yield answer
         finally:
@@ -166,11 +166,12 @@ class _Channel(Channel):
 
 
 class _Server(Server):
-    def __init__(self, network: InprocRpcNetwork, address: str, handlers: Handlers) -> None:
+    def __init__(self, network: InprocRpcNetwork, address: str, handlers: Handlers, clock: Clock) -> None:
         self.address = address
         self.serving = False
         self._network = network
         self._handlers = handlers
+        self._clock = clock
         self._calls: dict[_Call, None] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -182,7 +183,7 @@ class _Server(Server):
         self.serving = False
         self._network.unbind(self)
         try:
-            async with self._network.clock.timeout(grace_s):
+            async with self._clock.timeout(grace_s):
                 await self._idle.wait()
         except TimeoutError:
             for call in tuple(self._calls):
@@ -254,6 +255,7 @@ class _Call:
         self._link = link
         self._timeout_s = timeout_s
         self._left = False
+        self._told = False
         self._handling: asyncio.Task[None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
 
@@ -315,7 +317,9 @@ class _Call:
             self._cancel_handler()
 
     def _cancel_handler(self) -> None:
-        if self._handling is not None:
+        """Once: whatever else happens to the call, the handler may clean up in peace."""
+        if self._handling is not None and not self._told:
+            self._told = True
             self._handling.cancel()
 
 
