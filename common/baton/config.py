@@ -57,6 +57,7 @@ class EngineConfig:
 class TransferConfig:
     transport: Literal["auto", "ucx", "tcp"] = "auto"  # how KV blocks travel; auto: UCX where it is installed
     host: str = "127.0.0.1"  # address that the transport binds
+    port: Port = 0  # that TCP binds, for networks with rules; 0: any free one. UCX: set UCX_TCP_PORT_RANGE
     advertise_host: str | None = None  # address that peers connect to, when it is another
     lease_s: Seconds = 10.0  # a hand-over that makes no progress for this long has failed
     push_timeout_s: Seconds = 10.0  # for one piece

@@ -12,7 +12,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from baton.transfer.choose import make_transport
 from prometheus_client import CollectorRegistry
 
 from baton.clock import Clock, SystemClock
@@ -29,6 +28,7 @@ from baton.request import WorkerId
 from baton.rpc import GrpcRpc, Handlers
 from baton.telemetry import WorkerMetrics, event, serve_metrics
 from baton.transfer.base import Transport
+from baton.transfer.choose import make_transport
 from baton_decode.receive import Receiver
 from baton_decode.service import DecodeService
 from baton_prefill.service import PrefillService
@@ -46,7 +46,14 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
     runner = loaded.runner
     async with contextlib.AsyncExitStack() as closing:
         closing.push_async_callback(runner.aclose)
-        transport = make_transport(config.transfer.transport, clock, config.transfer.host)
+        kv = config.transfer
+        transport = make_transport(
+            kv.transport,
+            clock,
+            kv.host,
+            port=kv.port,
+            advertise_host=_advertise_host(kv.host, kv.advertise_host),
+        )
         closing.push_async_callback(transport.aclose)
         receiver = Receiver(runner.storage, clock, emit)
         kv_address = await transport.listen(receiver)
