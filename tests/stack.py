@@ -30,7 +30,8 @@ class Stack:
     supervisor: Supervisor
     output: list[str]
     children: dict[str, Child] = field(default_factory=dict)
-    addresses: dict[str, str] = field(default_factory=dict)  # of workers: gRPC
+    addresses: dict[str, str] = field(default_factory=dict)  # of workers: gRPC; of the router: HTTP
+    router_grpc: str = ""
     _rpc: GrpcRpc = field(default_factory=lambda: GrpcRpc(SystemClock()))
 
     @property
@@ -60,6 +61,7 @@ class Stack:
         for name, child in started:
             info = await self.supervisor.ready(child, START_S)
             self.children[name], self.addresses[name] = child, info["address"]
+            self.router_grpc = info.get("grpc_address", self.router_grpc)
 
     async def signal(self, name: str, number: signal.Signals) -> None:
         os.kill(self.children[name].pid, number)

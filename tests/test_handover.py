@@ -5,10 +5,10 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from baton.transfer.choose import available, make_transport
 
 from baton.clock import SystemClock
 from baton.config import EngineConfig, ModelConfig, RouterConfig, TransferConfig
@@ -22,6 +22,7 @@ from baton.model_files import resolve_model
 from baton.request import Request, RequestId, SamplingParams
 from baton.rpc import InprocRpcNetwork
 from baton.tokenizer import Tokenizer, load_tokenizer
+from baton.transfer.choose import available, make_transport
 from baton.transfer.wire import PieceHeader
 from baton_loadtest.local_fleet import LocalFleet, LocalWorker
 
@@ -119,15 +120,33 @@ async def given_back(fleet: LocalFleet) -> bool:
     return True
 
 
-async def test_a_worker_with_both_roles_needs_no_transfer_and_gives_the_same_tokens(
+async def test_a_pair_and_one_worker_alone_give_the_same_tokens_greedy_and_sampled(
     tokenizer: Tokenizer,
 ) -> None:
-    asked = [question(tokenizer, seed) for seed in range(6)]
+    greedy = [question(tokenizer, seed)[0] for seed in range(4)]
+    sampled = [
+        replace(
+            request,
+            request_id=RequestId(f"sampled-{seed}"),
+            sampling=SamplingParams(
+                max_tokens=20,
+                temperature=2.0,
+                top_k=(0, 50)[seed % 2],
+                top_p=0.98,
+                seed=seed,
+                ignore_eos=True,
+            ),
+        )
+        for seed, request in enumerate(greedy)
+    ]
     async with fleet_of("tcp", *PAIR) as fleet:
-        through_a_pair = [await fleet.ask(request) for request, _ in asked]
+        through_a_pair = [await fleet.ask(request) for request in greedy + sampled]
     async with fleet_of("tcp", (Role.DECODE,)) as fleet:
-        alone = [await fleet.ask(request) for request, _ in asked]
-    assert through_a_pair == alone
+        alone = [await fleet.ask(request) for request in greedy + sampled]
+    async with fleet_of("tcp", (Role.PREFILL, Role.DECODE)) as fleet:
+        with_itself = await asyncio.gather(*(fleet.ask(request) for request in greedy + sampled))
+    assert through_a_pair == alone == with_itself
+    assert len({tuple(tokens) for tokens in through_a_pair[4:]}) == 4
 
 
 async def test_one_corrupted_block_makes_the_answer_wrong(tokenizer: Tokenizer) -> None:

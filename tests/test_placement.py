@@ -89,3 +89,12 @@ def test_unmeasured_workers_are_tried_and_equals_are_shared() -> None:
     rng = random.Random(1)
     chosen = {place(640, 64, prefills, [decode("d")], rng).prefill for _ in range(200)}  # type: ignore[union-attr]
     assert chosen == {"p0", "p1", "p2", "p3"}
+
+
+def test_a_worker_with_both_roles_is_no_pair_with_itself() -> None:
+    both = worker("w", Role.DECODE, roles=(Role.PREFILL, Role.DECODE))
+    assert choice([both], [both]) == Placement(None, WorkerId("w"), choice([both], [both]).predicted_s)
+    slow = prefill("p", num_waiting_tokens=9000)
+    assert choice([slow, both], [both]).prefill is None
+    busy = worker("w", Role.DECODE, roles=(Role.PREFILL, Role.DECODE), num_waiting_tokens=9000)
+    assert choice([prefill("p"), busy], [busy]).prefill == "p"

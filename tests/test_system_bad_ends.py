@@ -12,7 +12,9 @@ import httpx
 import pytest
 from stack import Stack, running_stack, until
 
+from baton.config import EngineConfig
 from baton.demo_task import recall_prompt
+from baton.transfer.choose import available
 
 CLEAR_S = 2.0  # the client has heard by then
 
@@ -53,7 +55,8 @@ async def stream_events(stack: Stack, prompt: list[int], max_tokens: int) -> Asy
 async def collect(
     stack: Stack, num_prompt: int, max_tokens: int, started: asyncio.Event
 ) -> tuple[list[dict[str, Any]], float]:
-    prompt = [5 + i % 200 for i in range(num_prompt)]
+    rng = random.Random(num_prompt)
+    prompt = [rng.randrange(5, 500) for _ in range(num_prompt)]
     events = []
     async for event in stream_events(stack, prompt, max_tokens):
         events.append(event)
@@ -101,6 +104,32 @@ async def test_prefill_worker_killed_in_prefill(stack: Stack) -> None:
     await stack.start("prefill-0")
     await stack.until_ready(2)
     assert await ask(stack)
+
+
+@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
+@pytest.mark.parametrize("transport", available())
+async def test_a_worker_killed_while_kv_is_on_the_wire(transport: str, victim: str) -> None:
+    """Many long prompts in chunks: pieces of some are under way at any moment."""
+    survivor = "decode-0" if victim == "prefill-0" else "prefill-0"
+    engine = EngineConfig(max_num_batched_tokens=64)
+    async with running_stack(transport=transport, engine=engine) as stack:
+        clients = [
+            asyncio.create_task(collect(stack, 1500 + number, 200, asyncio.Event())) for number in range(8)
+        ]
+        await until(lambda: _num_used(stack, "decode-0"), True, "blocks reserved on decode-0")
+        await asyncio.sleep(0.5)
+        killed_s = time.monotonic()
+        await stack.kill(victim)
+        outcomes = await asyncio.gather(*clients)
+        errors = [events[-1]["error"] for events, _ in outcomes if "error" in events[-1]]
+        assert errors, "it was killed too late to matter"
+        assert {error["code"] for error in errors} <= {"worker_lost", "unavailable", "transfer_failed"}
+        assert all(heard_s - killed_s < CLEAR_S for events, heard_s in outcomes if "error" in events[-1])
+        await stack.until_nothing_is_used(survivor)
+        await stack.start(victim)
+        await stack.until_ready(2)
+        assert await ask(stack)
+        await stack.until_nothing_is_used("prefill-0", "decode-0")
 
 
 async def _num_used(stack: Stack, name: str) -> bool:

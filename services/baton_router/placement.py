@@ -59,15 +59,18 @@ def place(
     decodes: Sequence[Candidate],
     rng: random.Random,
 ) -> Placement | None:
-    """None when there is no decode worker. A pair needs equal fingerprints and a transport in common; when there is
-    no such pair, a decode worker serves alone."""
+    """None when there is no decode worker. A pair needs equal fingerprints and a transport in common; a worker with
+    both roles serves alone, with nothing to send. When there is neither, a decode worker serves alone."""
     rates = _typical_rates([*prefills, *decodes])
     num_output_tokens = min(max_tokens, EXPECTED_OUTPUT_TOKENS)
     options: list[Placement] = []
     for decode in decodes:
         wait_s = _decode_cost(decode, num_prompt_tokens, num_output_tokens, rates)
         for prefill in prefills:
-            if can_pair(prefill.record, decode.record):
+            if prefill.record.worker_id == decode.record.worker_id:
+                cost = wait_s + _compute_s(decode, num_prompt_tokens, rates)
+                options.append(Placement(None, decode.record.worker_id, cost))
+            elif can_pair(prefill.record, decode.record):
                 cost = wait_s + _prefill_cost(prefill, decode, num_prompt_tokens, rates)
                 options.append(Placement(prefill.record.worker_id, decode.record.worker_id, cost))
     if not options:
@@ -83,7 +86,8 @@ def place(
 
 def can_pair(prefill: WorkerRecord, decode: WorkerRecord) -> bool:
     return (
-        prefill.fingerprint == decode.fingerprint
+        prefill.worker_id != decode.worker_id
+        and prefill.fingerprint == decode.fingerprint
         and prefill.block_size == decode.block_size
         and not set(prefill.transports).isdisjoint(decode.transports)
     )
