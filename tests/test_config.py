@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from baton.config import LogConfig, RouterConfig, UpConfig, WorkerConfig, describe
 from baton.errors import ConfigError
 from baton.messages import Role

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
+
 from baton.config import LogConfig
 from baton.errors import ConfigError
 from baton.telemetry import WorkerMetrics, configure_logging, event, serve_metrics, wants_color
-from prometheus_client import CollectorRegistry
 
 
 @pytest.fixture(autouse=True)

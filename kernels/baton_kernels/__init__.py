@@ -1,1 +1,1 @@
-"""Ops over the paged KV cache. Plain torch in `naive`, one file per accelerated op beside it; knows nothing of Baton."""
+"""Ops over the paged KV cache: plain torch in `naive`, one file per accelerated op beside it. Knows nothing of Baton."""

@@ -118,7 +118,7 @@ def _decode_cost(decode: Candidate, num_prompt_tokens: int, num_output_tokens: i
 
 
 def _typical_rates(workers: Sequence[Candidate]) -> _Rates:
-    """Prefill and wire: the median of what was measured; step: the fastest, as the base that others are held against."""
+    """Prefill and wire: the median of what was measured; step: the fastest, the base that others are held against."""
     loads = [worker.record.load for worker in workers]
     prefill = [load.prefill_tokens_per_s for load in loads if load.prefill_tokens_per_s]
     step = [load.decode_step_s for load in loads if load.decode_step_s]

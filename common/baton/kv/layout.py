@@ -2,7 +2,8 @@
 
 A block is one contiguous run of bytes, layer after layer, in each layer first all K then all V:
 
-    block := layer 0 | layer 1 | ...      layer := K [block_size, num_kv_heads, k_dim] | V [block_size, num_kv_heads, v_dim]
+    block := layer 0 | layer 1 | ...
+    layer := K [block_size, num_kv_heads, k_dim] | V [block_size, num_kv_heads, v_dim]
 
 so the bytes of a group of layers lie together, and a hand-over sends each (block, layer group) as one run.
 """
