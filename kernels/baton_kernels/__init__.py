@@ -1,1 +1,1 @@
-"""Ops over the paged KV cache: plain torch in `naive`, one file per accelerated op beside it. Knows nothing of Baton."""
+"""Ops over the paged KV cache: plain torch in `naive`, one file per accelerated op. Knows nothing of Baton."""
