@@ -1,6 +1,7 @@
 """What one engine step computes, and the contract of whoever computes it. Torch-free."""
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -78,10 +79,21 @@ class BatchRow:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerListener:
+    """Someone who wants a batch's KV while later layers are still computed: `written(end)` says that the KV of layers
+    [0, end) of all rows is in the pool. Called on the engine's loop before `execute` ends, for ends in ascending
+    order; a runner may leave calls out, because the end of the step tells the same."""
+
+    ends: tuple[int, ...]
+    written: Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Ragged: rows one after another, prompt chunks and single decode tokens in one step."""
 
     rows: tuple[BatchRow, ...]
+    listener: LayerListener | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -121,6 +133,17 @@ class SequenceOutput:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     error: str = ""  # why, where finish_reason is ERROR
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProgress:
+    """In the middle of a step: the KV of layers [0, num_layers) of positions [0, num_tokens) is in these blocks. It
+    counts as computed only when the step has ended."""
+
+    request_id: RequestId
+    num_tokens: int
+    num_layers: int
+    block_table: tuple[BlockId, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,15 @@ Blocks have one owner at any time, and go back when the last one who reads or wr
 import asyncio
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from baton.clock import Clock
 from baton.config import EngineConfig
 from baton.engine.batch import (
     Batch,
     BatchRow,
+    LayerListener,
+    LayerProgress,
     ModelRunner,
     Sequence,
     SequenceOutput,
@@ -68,6 +70,8 @@ class Engine:
         )
         self._sequences: dict[RequestId, Sequence] = {}
         self._rates = StepRates()
+        self._layer_ends: tuple[int, ...] = ()
+        self._on_layers: Callable[[LayerProgress], None] | None = None
 
     # --- requests ---
 
@@ -140,7 +144,7 @@ class Engine:
         if not rows:
             self.work.clear()
             return StepOutput((), tuple(granted), 0, 0.0)
-        batch = Batch(tuple(map(_batch_row, rows)))
+        batch = Batch(tuple(map(_batch_row, rows)), self._layer_listener(rows))
         started_s = self._clock.now()
         tokens, error = await self._execute(rows, batch)
         seconds = self._clock.now() - started_s
@@ -149,6 +153,13 @@ class Engine:
         self._rates.note(num_decode, batch.num_tokens - num_decode, seconds)
         granted.extend(self.admit())  # into the blocks that this step gave back
         return StepOutput(outputs, tuple(granted), batch.num_tokens, seconds)
+
+    def listen_to_layers(
+        self, ends: tuple[int, ...], listener: Callable[[LayerProgress], None] | None
+    ) -> None:
+        """While a step computes prompts that are handed over, tell when layers [0, end) of each are written, for each
+        of `ends`. One listener; None takes it away."""
+        self._layer_ends, self._on_layers = ends, listener
 
     # --- what others want to know ---
 
@@ -263,6 +274,21 @@ class Engine:
                 sequence.in_flight = False
                 if sequence.abort_requested:
                     self._scheduler.remove(sequence)
+
+    def _layer_listener(self, rows: list[ScheduledRow]) -> LayerListener | None:
+        handed_over = [row for row in rows if row.sequence.prefill_only]
+        tell = self._on_layers
+        if tell is None or not self._layer_ends or not handed_over:
+            return None
+
+        def written(num_layers: int) -> None:
+            for sequence, num_tokens in handed_over:
+                # An aborted request's name may be in use again.
+                if not sequence.abort_requested:
+                    end, table = sequence.num_computed_tokens + num_tokens, tuple(sequence.block_table)
+                    tell(LayerProgress(sequence.request_id, end, num_layers, table))
+
+        return LayerListener(self._layer_ends, written)
 
     def _process(
         self, rows: list[ScheduledRow], batch: Batch, tokens: tuple[int, ...], error: Exception | None

@@ -5,6 +5,7 @@ Everything torch does here happens in one thread of its own, so the event loop s
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from baton.config import EngineConfig, ModelConfig
-from baton.engine.batch import Batch, BatchRow
+from baton.engine.batch import Batch, BatchRow, LayerListener
 from baton.engine.sampler import sample
 from baton.errors import ConfigError, InternalError
 from baton.kv.layout import KVLayout
@@ -52,6 +53,8 @@ class TorchModelRunner:
         self._storage = storage
         self._layers = tuple(storage.layer_views(i) for i in range(storage.layout.num_layers))
         self._dtype = DTYPES[storage.layout.dtype]
+        # On other devices a layer's KV is written some time after the call that asks for it.
+        self._tells_layers = storage.data.device.type == "cpu"
         # The number of OpenMP threads is a property of the thread that starts them.
         self._thread = ThreadPoolExecutor(1, "baton-model", torch.set_num_threads, (num_threads,))
 
@@ -60,7 +63,9 @@ class TorchModelRunner:
         return self._storage
 
     async def execute(self, batch: Batch) -> tuple[int, ...]:
-        running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, batch)
+        loop = asyncio.get_running_loop()
+        on_written = _in_order(batch.listener, loop) if batch.listener and self._tells_layers else None
+        running = loop.run_in_executor(self._thread, self._run, batch, on_written)
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
@@ -75,8 +80,9 @@ class TorchModelRunner:
         await asyncio.to_thread(self._thread.shutdown)
 
     @torch.inference_mode()
-    def _run(self, batch: Batch) -> tuple[int, ...]:
+    def _run(self, batch: Batch, on_written: Callable[[int], None] | None) -> tuple[int, ...]:
         inputs = self._prepare(batch)
+        inputs.paged.on_written = on_written
         logits = self._model(
             input_ids=inputs.input_ids,
             position_ids=inputs.position_ids,
@@ -141,6 +147,21 @@ class TorchModelRunner:
     def _plan_prefill(self, row: BatchRow) -> naive.PrefillPlan:
         table = torch.tensor(row.block_table, device=self._storage.data.device)
         return naive.plan_prefill(table, row.start, len(row.token_ids), self._storage.layout.block_size)
+
+
+def _in_order(listener: LayerListener, loop: asyncio.AbstractEventLoop) -> Callable[[int], None]:
+    """To be called in the model's thread with each layer's index. A layer out of order and all after it are left to
+    the end of the step."""
+    ends, num_written = frozenset(listener.ends), 0
+
+    def on_written(layer: int) -> None:
+        nonlocal num_written
+        if layer == num_written:
+            num_written += 1
+            if num_written in ends:
+                loop.call_soon_threadsafe(listener.written, num_written)
+
+    return on_written
 
 
 class LoadedModel(NamedTuple):

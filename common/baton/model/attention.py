@@ -6,6 +6,7 @@ prompts. What each of them sees is in a `PagedBatch`, which travels through the 
     model(input_ids, position_ids=..., **batch.kwargs)  -->  paged_attention(..., baton_batch=batch)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ class PagedBatch:
     decode: naive.DecodePlan | None  # of the first num_decodes tokens
     prefills: tuple[tuple[int, int, naive.PrefillPlan], ...]  # tokens [start, end) of the step are one chunk
     max_model_len: int  # no sequence is longer; a sliding window of at least this much changes nothing
+    on_written: Callable[[int], None] | None = None  # told each layer's index once its KV is in the pool
     num_layers_seen: int = 0
 
     @property
@@ -65,6 +67,8 @@ def paged_attention(
     k_cache, v_cache = batch.layers[module.layer_idx]  # type: ignore[index]
     query = query[0].transpose(0, 1)  # [T, H, Dk]
     naive.write_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), k_cache, v_cache, batch.writes)
+    if batch.on_written is not None:
+        batch.on_written(module.layer_idx)  # type: ignore[arg-type]
 
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     outs = []
