@@ -1,6 +1,7 @@
 """Latency and throughput of a fleet of processes on this machine, as its users see them.
 
-    python benchmarks/bench_fleet.py [--transports tcp ucx] [--concurrency 1 8 32] [--num-requests 200] [-- UP_FLAGS]
+    python benchmarks/bench_fleet.py [--transports tcp ucx] [--concurrency 1 8 32] [--num-requests 200]
+                                     [--workload LOADTEST_FLAGS] [-- UP_FLAGS]
 
 Starts `baton up` once per transport and runs `baton loadtest` at each concurrency against it. Client and servers
 share the machine's cores: the figures are comparable with each other, not with a machine of its own for each.
@@ -29,13 +30,14 @@ def main() -> None:
     parser.add_argument("--transports", nargs="+", default=sorted(available()))
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--num-requests", type=int, default=200)
+    parser.add_argument("--workload", default="", help='flags of loadtest, such as "--prompt-kind random"')
     parser.add_argument("up_flags", nargs="*", help="behind --: passed on to `baton up`")
     args = parser.parse_args()
     results: dict[str, dict[int, Any]] = {}
     for transport in args.transports:
         with fleet("--transport", transport, *args.up_flags) as base_url:
             results[transport] = {
-                concurrency: load(base_url, transport, concurrency, args.num_requests)
+                concurrency: load(base_url, transport, concurrency, args.num_requests, args.workload.split())
                 for concurrency in args.concurrency
             }
     print(json.dumps(results))
@@ -58,9 +60,11 @@ def fleet(*flags: str) -> Iterator[str]:
             process.terminate()
 
 
-def load(base_url: str, transport: str, concurrency: int, num_requests: int) -> Any:
+def load(base_url: str, transport: str, concurrency: int, num_requests: int, workload: list[str]) -> Any:
     print(f"\n=== {transport}, concurrency {concurrency}", flush=True)
+    # A seed of its own each, or the later runs would find the earlier one's prompts in the prefix cache.
     flags = ["--concurrency", concurrency, "--num-requests", num_requests, "--warmup", concurrency]
+    flags += ["--seed", 1000 + concurrency, *workload]
     command = [sys.executable, "-m", "baton_cli", "loadtest", "--base-url", base_url, *map(str, flags)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     *table, last = done.stdout.splitlines()
