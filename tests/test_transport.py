@@ -3,19 +3,19 @@
 import asyncio
 import contextlib
 import importlib.util
-import os
 import random
 import signal
-import socket
 import struct
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
+import psutil
 import pytest
 import uvloop
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.clock import Clock, SystemClock, VirtualClock
@@ -29,8 +29,9 @@ from baton.transfer.inproc import Faults, InprocNetwork, InprocTransport
 from baton.transfer.tcp import TcpTransport
 from baton.transfer.ucx import UcxTransport
 from baton.transfer.vector import Vector
-from baton.transfer.wire import FIXED_BYTES, PieceHeader
+from baton.transfer.wire import PieceHeader
 
+T = TypeVar("T")
 HAS_UCX = any(importlib.util.find_spec(library) for library in ("ucxx", "ucp"))
 ucx_only = pytest.mark.skipif(not HAS_UCX, reason="neither ucxx nor ucx-py is installed")
 KINDS = [
@@ -50,6 +51,7 @@ class Sink:
 
     def __init__(self) -> None:
         self.shape: Callable[[int], list[int]] = lambda num_bytes: [num_bytes] if num_bytes else []
+        self.has_many_senders = False
         self.refuse_open: set[int] = set()
         self.refuse_close: set[int] = set()
         self.events: list[tuple[str, int]] = []
@@ -60,7 +62,7 @@ class Sink:
         self._final: list[tuple[list[bytearray], bytes]] = []
 
     def open(self, header: PieceHeader) -> Sequence[memoryview]:
-        assert not self._open, "two pieces of one connection are open at once"
+        assert self.has_many_senders or not self._open, "two pieces of one connection are open at once"
         if header.sequence in self.refuse_open:
             raise TransferRefused(f"no room for {header.sequence}")
         self.events.append(("open", header.sequence))
@@ -156,8 +158,11 @@ def run(request: pytest.FixtureRequest) -> Callable[[Play], None]:
     return run_play
 
 
+NOISE = random.Random(0).randbytes(34 * 2**20)
+
+
 def noise(num_bytes: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(num_bytes)
+    return NOISE[seed : seed + num_bytes]
 
 
 def split(data: bytes, size: int) -> list[memoryview]:
@@ -486,6 +491,380 @@ async def transport_of(name: str, **options: Any) -> AsyncIterator[Transport]:
             yield transport
     finally:
         await transport.aclose()
+
+
+def virtual(play: Callable[[VirtualClock], Coroutine[Any, Any, T]]) -> T:
+    clock = VirtualClock()
+    return clock.run(play(clock))
+
+
+class TestSimulatedNetwork:
+    """Faults of the in-process network, on a virtual clock."""
+
+    @staticmethod
+    def stormy(seed: int, faults: Faults) -> list[object]:
+        """What happened to 60 pieces, when, and to whom."""
+
+        async def play(clock: VirtualClock) -> list[object]:
+            network = InprocNetwork(clock, seed, latency_s=0.01, bytes_per_s=1e6)
+            network.faults = faults
+            sink = Sink()
+            sink.has_many_senders = True
+            receiver, sender = InprocTransport(network, clock, "d"), InprocTransport(network, clock, "p")
+            log: list[object] = []
+            await receiver.listen(sink)
+
+            async def one(sequence: int) -> None:
+                await clock.sleep(0.05 * (sequence // 3))
+                connection = connections[sequence % 2]
+                if connection.closed:
+                    connection = connections[sequence % 2] = await sender.connect("d", timeout_s=1)
+                try:
+                    await push(connection, noise(1000 + sequence, sequence), sequence, timeout_s=0.5)
+                    log.append((clock.now(), sequence, "accepted"))
+                except TransferError as error:
+                    log.append((clock.now(), sequence, error.message))
+
+            connections = [await sender.connect("d", timeout_s=1) for _ in range(2)]
+            await asyncio.gather(*(one(sequence) for sequence in range(60)))
+            await sender.aclose()
+            await receiver.aclose()
+            return [*log, *sink.events]
+
+        return virtual(play)
+
+    def test_a_seed_replays_every_fault(self) -> None:
+        faults = Faults(drop=0.1, duplicate=0.2, flip=0.2)
+        first = self.stormy(7, faults)
+        assert first == self.stormy(7, faults)
+        assert first != self.stormy(8, faults)
+        outcomes = {str(entry[2]) for entry in first if len(entry) == 3}  # type: ignore[arg-type, index]
+        assert {"accepted", "digest", "d did not acknowledge a piece within 0.5 s"} <= outcomes
+
+    def test_one_fault_does_not_move_another(self) -> None:
+        def flipped(log: list[object]) -> set[object]:
+            return {entry[1] for entry in log if entry[-1] == "digest"}  # type: ignore[index]
+
+        alone = flipped(self.stormy(3, Faults(flip=0.3)))
+        assert alone
+        assert alone == flipped(self.stormy(3, Faults(flip=0.3, duplicate=0.5)))
+
+    def test_a_duplicate_gets_no_second_answer(self) -> None:
+        async def play(clock: VirtualClock) -> None:
+            network, sink = InprocNetwork(clock), Sink()
+            network.faults = Faults(duplicate=1.0)
+            receiver, sender = InprocTransport(network, clock, "d"), InprocTransport(network, clock, "p")
+            connection = await sender.connect(await receiver.listen(sink), timeout_s=1)
+            for sequence in range(5):
+                await push(connection, b"abc", sequence)
+            assert not connection.closed
+            await sink.until(lambda: len(sink.events) == 20)
+            await sender.aclose()
+            await receiver.aclose()
+
+        virtual(play)
+
+    def test_time_on_the_link(self) -> None:
+        async def play(clock: VirtualClock) -> None:
+            network = InprocNetwork(clock, latency_s=0.25, bytes_per_s=1000)
+            receiver, sender = InprocTransport(network, clock, "d"), InprocTransport(network, clock, "p")
+            connection = await sender.connect(await receiver.listen(Sink()), timeout_s=1)
+            assert clock.now() == pytest.approx(0.5)
+            await push(connection, noise(2000))
+            assert clock.now() == pytest.approx(0.5 + 0.25 + 2 + 0.25)
+            await sender.aclose()
+            await receiver.aclose()
+
+        virtual(play)
+
+    def test_a_partition_heals(self) -> None:
+        async def play(clock: VirtualClock) -> None:
+            network, sink = InprocNetwork(clock, latency_s=0.1), Sink()
+            receiver, sender = InprocTransport(network, clock, "d"), InprocTransport(network, clock, "p")
+            connection = await sender.connect(await receiver.listen(sink), timeout_s=1)
+            network.partition("p", "d")
+            task = asyncio.create_task(push(connection, b"late", timeout_s=5))
+            with pytest.raises(TransferError, match="within"):
+                await sender.connect("d", timeout_s=1)
+            await clock.sleep(1)
+            assert sink.events == []
+            network.heal("d", "p")
+            await task
+            assert sink.content(0) == b"late"
+            await sender.aclose()
+            await receiver.aclose()
+
+        virtual(play)
+
+    def test_a_partition_that_lasts_costs_both_sides_the_piece(self) -> None:
+        async def play(clock: VirtualClock) -> None:
+            network, sink = InprocNetwork(clock, bytes_per_s=1e6), Sink()
+            receiver = InprocTransport(network, clock, "d", piece_timeout_s=PIECE_TIMEOUT_S)
+            sender = InprocTransport(network, clock, "p")
+            connection = await sender.connect(await receiver.listen(sink), timeout_s=1)
+            task = asyncio.create_task(push(connection, noise(10**6), timeout_s=2))
+            await sink.until_open()
+            network.partition("p", "d")
+            with pytest.raises(TransferError, match="within 2 s"):
+                await task
+            assert clock.now() == pytest.approx(2)
+            await sink.until_closed()
+            assert clock.now() == pytest.approx(PIECE_TIMEOUT_S)
+            assert str(sink.errors[0]) == "the sender stalled"
+            await sender.aclose()
+            await receiver.aclose()
+
+        virtual(play)
+
+    @pytest.mark.parametrize("victim", ["p", "d"])
+    def test_a_killed_worker_breaks_its_connections(self, victim: str) -> None:
+        async def play(clock: VirtualClock) -> None:
+            network, sink = InprocNetwork(clock, bytes_per_s=1e6), Sink()
+            receiver, sender = InprocTransport(network, clock, "d"), InprocTransport(network, clock, "p")
+            connection = await sender.connect(await receiver.listen(sink), timeout_s=1)
+            task = asyncio.create_task(push(connection, noise(10**6)))
+            await sink.until_open()
+            killed_s = clock.now()
+            network.kill(victim)
+            with pytest.raises(TransferError, match="reset"):
+                await task
+            await sink.until_closed()
+            assert sink.errors[0] is not None
+            assert connection.closed
+            assert clock.now() == killed_s
+            with pytest.raises(TransferError):
+                await sender.connect("d", timeout_s=1)
+            again = InprocTransport(network, clock, victim)
+            address = await again.listen(sink) if victim == "d" else "d"
+            await push(await (again if victim == "p" else sender).connect(address, timeout_s=1), b"x", 1)
+            for transport in (sender, receiver, again):
+                await transport.aclose()
+
+        virtual(play)
+
+
+class TestTcpOnTheWire:
+    """Bytes that no Baton worker sends."""
+
+    HELLO = framing.hello()
+    HEADER = make_header(100).encode()
+    FRAME = struct.pack("<I", len(HEADER)) + HEADER
+    HOSTILE: ClassVar = {
+        "nothing": b"",
+        "another protocol": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        "half a hello": HELLO[:3],
+        "another version": b"BATN" + struct.pack("<H", 999),
+        "endless header": HELLO + struct.pack("<I", 2**32 - 1) + bytes(10**6),
+        "empty header": HELLO + struct.pack("<I", 0),
+        "header cut short": HELLO + FRAME[:-1],
+        "header of another version": HELLO + FRAME[:4] + struct.pack("<H", 7) + FRAME[6:],
+        "header with spare bytes": HELLO + struct.pack("<I", len(HEADER) + 1) + HEADER + b"x",
+        "piece cut short": HELLO + FRAME + bytes(99),
+        "piece that is too long": HELLO + FRAME + bytes(100) + b"\xff" * 1000,
+        "exabytes": HELLO + FRAME[:4] + HEADER[:26] + struct.pack("<Q", 2**62) + HEADER[34:] + bytes(10**6),
+    }
+
+    @staticmethod
+    async def _after(attack: bytes, *, then_close: bool) -> Sink:
+        """Who listens is attacked, then used. Returns what its sink saw."""
+        sink = Sink()
+        sink.has_many_senders = True
+        sink_open = sink.open
+
+        def careful_open(header: PieceHeader) -> Sequence[memoryview]:
+            if header.num_bytes > 2**20:
+                raise TransferRefused("too large")
+            return sink_open(header)
+
+        sink.open = careful_open  # type: ignore[method-assign]
+        async with transport_of("tcp", piece_timeout_s=0.5) as transport:
+            address = await transport.listen(sink)
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
+            writer.write(attack)
+            with contextlib.suppress(ConnectionError, TimeoutError):
+                if then_close:
+                    writer.write_eof()
+                await asyncio.wait_for(reader.read(), timeout=0.2)
+            await push(await transport.connect(address, timeout_s=PUSH_S), b"good", 1)
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+        sink.check()
+        assert sink.content(1) == b"good"
+        return sink
+
+    @pytest.mark.parametrize("then_close", [True, False])
+    @pytest.mark.parametrize("what", HOSTILE)
+    async def test_a_hostile_sender_does_no_harm(self, what: str, then_close: bool) -> None:
+        sink = await self._after(self.HOSTILE[what], then_close=then_close)
+        assert (sink.errors.get(0, "never opened") is None) == (what == "piece that is too long")
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.data())
+    def test_random_damage_does_no_harm(self, data: st.DataObject) -> None:
+        good = bytearray(self.HELLO + (self.FRAME + bytes(100)) * 2)
+        for _ in range(data.draw(st.integers(1, 4))):
+            good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+        with asyncio.Runner() as runner:
+            runner.run(self._after(bytes(good[: data.draw(st.integers(0, len(good)))]), then_close=True))
+
+    @pytest.mark.parametrize(
+        "answers",
+        [
+            pytest.param(b"", id="closes"),
+            pytest.param(b"\x00\x00\x00" * 5, id="answers-too-often"),
+            pytest.param(b"\x07\x00\x00", id="unknown-status"),
+            pytest.param(b"\x01\xff\xff" + bytes(70000), id="endless-reason"),
+            pytest.param(b"\x01\x04\x00ab", id="reason-cut-short"),
+        ],
+    )
+    async def test_a_hostile_receiver_does_no_harm(self, answers: bytes) -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(framing.hello() + answers)
+            with contextlib.suppress(ConnectionError):
+                await reader.readexactly(len(self.HELLO) + len(self.FRAME) + 100)
+                writer.close()
+                await writer.wait_closed()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, transport_of("tcp") as transport:
+            connection = await transport.connect(f"tcp://127.0.0.1:{port}", timeout_s=PUSH_S)
+            with pytest.raises(TransferError) as caught:
+                await connection.push(make_header(100), [memoryview(bytes(100))], timeout_s=PUSH_S)
+                await connection.push(make_header(100), [memoryview(bytes(100))], timeout_s=PUSH_S)
+            assert not isinstance(caught.value, TransferRefused)
+            assert connection.closed
+
+    @pytest.mark.parametrize(
+        ("greeting", "message"),
+        [
+            (b"HTTP/1.1 400 Bad Request\r\n", "not a Baton worker"),
+            (b"BATN" + struct.pack("<H", 9), "wire version 9"),
+            (b"", "closed the connection|connection lost"),
+            (None, "did not answer within"),
+        ],
+    )
+    async def test_connecting_to_somebody_else(self, greeting: bytes | None, message: str) -> None:
+        done = asyncio.Event()
+
+        async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if greeting is None:
+                await done.wait()
+            else:
+                writer.write(greeting)
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, transport_of("tcp") as transport:
+            with pytest.raises(TransferError, match=message):
+                await transport.connect(f"tcp://127.0.0.1:{port}", timeout_s=0.5)
+            done.set()
+
+    async def test_where_it_listens(self) -> None:
+        for host, shown in (("127.0.0.1", "tcp://127.0.0.1:"), ("::1", "tcp://[::1]:")):
+            async with transport_of("tcp", host=host) as transport, transport_of("tcp") as sender:
+                address = await transport.listen(Sink())
+                assert address.startswith(shown)
+                await push(await sender.connect(address, timeout_s=PUSH_S), b"x")
+                port = int(address.rpartition(":")[2])
+                with pytest.raises(ConfigError, match="in use"):
+                    await TcpTransport(SystemClock(), host, port).listen(Sink())
+        with pytest.raises(ConfigError, match="advertise_host"):
+            TcpTransport(SystemClock(), "0.0.0.0")
+        async with transport_of("tcp", host="0.0.0.0", advertise_host="localhost") as transport:
+            address = await transport.listen(Sink())
+            assert address.startswith("tcp://localhost:")
+            await push(await transport.connect(address, timeout_s=PUSH_S), b"x")
+
+
+@pytest.mark.ucx
+@ucx_only
+class TestUcxOnly:
+    async def test_it_listens_on_loopback_only_and_closes_its_sockets(self) -> None:
+        process = psutil.Process()
+        before = {(c.laddr, c.raddr) for c in process.net_connections()}
+        async with transport_of("ucx") as transport, transport_of("ucx") as sender:
+            connection = await sender.connect(await transport.listen(Sink()), timeout_s=PUSH_S)
+            await push(connection, b"x")
+            ours = {(c.laddr, c.raddr) for c in process.net_connections()} - before
+            assert ours
+            assert {local.ip for local, _ in ours} == {"127.0.0.1"}
+        assert not {(c.laddr, c.raddr) for c in process.net_connections()} & ours
+
+    async def test_an_idle_transport_costs_nothing(self) -> None:
+        async with transport_of("ucx") as transport, transport_of("ucx") as sender:
+            connection = await sender.connect(await transport.listen(Sink()), timeout_s=PUSH_S)
+            await push(connection, b"x")
+            started_s = time.process_time()
+            await asyncio.sleep(1)
+            assert time.process_time() - started_s < 0.05
+
+    async def test_memory_of_a_closed_connection_comes_back(self) -> None:
+        async with transport_of("ucx") as transport, transport_of("ucx") as sender:
+            address = await transport.listen(Sink())
+            for sequence in range(40):
+                connection = await sender.connect(address, timeout_s=PUSH_S)
+                await push(connection, noise(3000), sequence)
+                await connection.aclose()
+            await push(await sender.connect(address, timeout_s=PUSH_S), b"x", 99)
+            for each in (transport, sender):
+                assert len(each._worker._operations) < 20  # type: ignore[attr-defined]
+
+
+class TestChoice:
+    def test_names(self) -> None:
+        assert available() == (["ucx", "tcp"] if HAS_UCX else ["tcp"])
+        assert make_transport("tcp", SystemClock(), "127.0.0.1").name == "tcp"
+        assert make_transport("auto", SystemClock(), "127.0.0.1").name == available()[0]
+        with pytest.raises(ConfigError, match="choose auto, ucx or tcp"):
+            make_transport("rdma", SystemClock(), "127.0.0.1")
+
+    def test_without_ucx(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for library in ("ucxx", "ucp", "ucp._libs.ucx_api"):
+            monkeypatch.setitem(sys.modules, library, None)
+        assert available() == ["tcp"]
+        assert make_transport("auto", SystemClock(), "127.0.0.1").name == "tcp"
+        with pytest.raises(ConfigError, match=r"pip install 'baton-llm\[ucx\]'") as caught:
+            make_transport("ucx", SystemClock(), "127.0.0.1")
+        assert "\n" not in caught.value.message
+
+    async def test_choosing_loads_no_ucx(self) -> None:
+        code = "import sys, baton.transfer.choose as c; c.available(); sys.exit('ucxx' in sys.modules)"
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
+        assert await process.wait() == 0
+
+
+@given(
+    st.lists(st.integers(0, 50), max_size=30),
+    st.lists(st.integers(1, 60), max_size=30),
+    st.integers(1, 40),
+    st.integers(1, 5),
+)
+def test_vectors_copy_every_byte_once(
+    source_cut: list[int], target_cut: list[int], max_bytes: int, max_buffers: int
+) -> None:
+    data = noise(sum(source_cut), 1)
+    starts = [sum(source_cut[:n]) for n in range(len(source_cut))]
+    source = Vector([memoryview(data)[a : a + n] for a, n in zip(starts, source_cut, strict=True)])
+    buffers = [bytearray(size) for size in target_cut] + [bytearray(len(data))]
+    target = Vector([memoryview(buffer) for buffer in buffers])
+    staging = memoryview(bytearray(max_bytes))
+    seen = b""
+    while source.left:
+        parts = source.peek(max_bytes, max_buffers)
+        assert 0 < len(parts) <= max_buffers
+        assert 0 < sum(map(len, parts)) <= max_bytes
+        head = b"".join(parts)[: 1 + len(seen) % max_bytes]
+        num_bytes = source.gather(staging[: len(head)])
+        assert staging[:num_bytes] == head[:num_bytes]
+        target.scatter(staging[:num_bytes])
+        seen += head[:num_bytes]
+    assert seen == data
+    assert b"".join(buffers)[: len(data)] == data
 
 
 class TestProcesses:

@@ -49,9 +49,7 @@ class Connection(ABC):
     """One sender's way to one receiver. Made by `Transport.connect`; shared by all pushes to that peer."""
 
     @abstractmethod
-    async def push(
-        self, header: PieceHeader, payload: Sequence[memoryview], *, timeout_s: float
-    ) -> None:
+    async def push(self, header: PieceHeader, payload: Sequence[memoryview], *, timeout_s: float) -> None:
         """Send one piece and wait until it is acknowledged. `payload` buffers are contiguous bytes, in order.
 
         Raises TransferRefused when the receiver does not want it, TransferError when the peer is gone, the

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,9 +65,9 @@ class SenderEnd(Connection):
     def _disconnect(self) -> None:
         """Stop at once: no payload is read after this returns."""
 
-    def _start(self, *services: Coroutine[Any, Any, None]) -> None:
+    def _start(self, *services: Callable[[], Awaitable[None]]) -> None:
         """Begin to send; `services` run as long as the connection does and end it when they raise."""
-        self._tasks = [asyncio.create_task(self._guard(work)) for work in (self._send_pieces(), *services)]
+        self._tasks = [asyncio.create_task(self._guard(work)) for work in (self._send_pieces, *services)]
         for task in self._tasks:
             task.add_done_callback(self._ended)
 
@@ -121,8 +121,10 @@ class SenderEnd(Connection):
                 await self._changed.wait()
             piece = self._waiting.popleft()
             self._unanswered.append(piece)
-            await self._transmit(piece.header, piece.payload)
-            piece.sent.set_result(None)
+            try:
+                await self._transmit(piece.header, piece.payload)
+            finally:
+                piece.sent.set_result(None)
 
     async def _withdraw(self, piece: _Piece, deadline_s: float) -> None:
         """The push was cancelled: a piece under way is finished, or else the connection is cut."""
@@ -135,9 +137,9 @@ class SenderEnd(Connection):
         if not piece.sent.done():
             self._fail(TransferError("a push was cancelled in the middle of its piece"))
 
-    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guard(self, work: Callable[[], Awaitable[None]]) -> None:
         try:
-            await work
+            await work()
         except TransferError as error:
             self._fail(error)
         except Exception as error:
@@ -148,15 +150,15 @@ class SenderEnd(Connection):
         """Idempotent: the first error is the one that counts."""
         if self._error is not None:
             return
-        self._error = error
+        self._error = error.with_traceback(None)  # which would keep alive whatever its frames know
         self._disconnect()
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
         for piece in (*self._unanswered, *self._waiting):
-            if not piece.sent.done():
-                piece.sent.set_result(None)
-            piece.answer.set_result(error)
+            piece.answer.set_result(self._error)
+        for piece in self._waiting:
+            piece.sent.set_result(None)
         self._unanswered.clear()
         self._waiting.clear()
 

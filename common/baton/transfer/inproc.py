@@ -4,15 +4,15 @@
                       <--- _Line of _Answer ---
 
 `InprocNetwork` holds every transport, the speed of the links and the faults a test switched on. A message on a line is
-a copy, as it would be in a kernel's buffers; what is on it when its sender closes still arrives. Faults are drawn per
-piece from the network's seed, always the same number of draws: a seed replays a run, and switching one fault on does
-not move the others.
+a copy, as it would be in a kernel's buffers; what is on it when its sender closes still arrives. What befalls a piece
+is a pure function of the network's seed, the piece's header and how often it was sent before: a seed replays a run,
+and switching one fault on does not move the others.
 """
 
 import asyncio
 import logging
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -59,7 +59,8 @@ class InprocNetwork:
         self.latency_s = latency_s
         self.bytes_per_s = bytes_per_s
         self.faults = Faults()
-        self._random = random.Random(seed)
+        self._seed = seed
+        self._num_sent: Counter[bytes] = Counter()  # by header, while faults are on
         self._transports: dict[str, InprocTransport] = {}
         self._links: list[_Link] = []
         self._partitions: set[frozenset[str]] = set()
@@ -111,7 +112,11 @@ class InprocNetwork:
 
     def disturb(self, message: _Message) -> list[_Message]:
         """What becomes of a piece on its way."""
-        drop, duplicate, flip, where = (self._random.random() for _ in range(4))
+        if self.faults == Faults():
+            return [message]
+        draws = random.Random(b"%d/%d/%b" % (self._seed, self._num_sent[message.header], message.header))
+        self._num_sent[message.header] += 1
+        drop, duplicate, flip, where = (draws.random() for _ in range(4))
         if flip < self.faults.flip and message.payload:
             payload = bytearray(message.payload)
             bit = int(where * len(payload) * 8)
@@ -174,7 +179,7 @@ class InprocConnection(SenderEnd):
         self._network = network
         self._link = link
         link.cut_sender = self._fail
-        self._start(self._read_answers())
+        self._start(self._read_answers)
 
     async def _transmit(self, header: bytes, payload: Vector) -> None:
         copy = bytearray(payload.left)
@@ -256,7 +261,7 @@ class InprocTransport(Transport):
                     link.back.put(answer)
             error = TransferError(f"{link.ends[0]} closed the connection")
         except TransferError as cause:
-            error = cause
+            error = cause.with_traceback(None)
         except TimeoutError:
             error = TransferError("the sender stalled")
         except Exception as cause:

@@ -39,7 +39,7 @@ class TcpConnection(SenderEnd):
     ) -> None:
         super().__init__(clock, peer, on_closed)
         self._stream = stream
-        self._start(self._read_answers())
+        self._start(self._read_answers)
 
     async def _transmit(self, header: bytes, payload: Vector) -> None:
         await self._stream.write(Vector((memoryview(_LENGTH.pack(len(header)) + header),)))
@@ -122,7 +122,7 @@ class TcpTransport(Transport):
             while True:
                 await self._receive_piece(stream, end, await self._read_header(stream))
         except TransferError as cause:
-            error = cause
+            error = cause.with_traceback(None)
         except TimeoutError:
             error = TransferError("the sender stalled")
         except Exception as cause:

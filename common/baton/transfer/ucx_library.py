@@ -57,6 +57,10 @@ class Library(Protocol):
         """The message may be shorter than the buffer. With an endpoint, ends with an error when that does."""
         ...
 
+    def shut_down(self) -> None:
+        """The worker and its sockets go, as soon as no request or endpoint of it is referenced any more."""
+        ...
+
 
 def make_library(options: dict[str, str]) -> Library:
     """`options` are UCX settings without the prefix; the user's UCX_* environment goes first. Raises ConfigError."""
@@ -130,6 +134,9 @@ class UcxxLibrary:
         owner = self._worker if endpoint is None else endpoint
         return _UcxxRequest(owner.tag_recv(self._array(buffer), self._ucxx.UCXXTag(tag)))
 
+    def shut_down(self) -> None:
+        del self._worker
+
 
 class _UcxPyRequest:
     """`done` is the library's callback."""
@@ -187,3 +194,6 @@ class UcxPyLibrary:
         request, array = _UcxPyRequest(), self._array(buffer)
         self._ucx.tag_recv_nb(self._worker, array, array.nbytes, tag, request.done, ep=endpoint)
         return request
+
+    def shut_down(self) -> None:
+        del self._worker

@@ -91,6 +91,11 @@ class SenderLine:
         """An empty chunk, and its tag."""
         return memoryview(bytes(PREFIX_BYTES)), self._next_chunk_tag()
 
+    def close(self) -> None:
+        self._worker.close(self.endpoint)
+        self.endpoint = None
+        self._sending.clear()
+
     async def _free_slot(self) -> memoryview:
         while self._credits == 0:
             self._credited.clear()
@@ -146,6 +151,11 @@ class ReceiverLine:
     def last_message(self) -> tuple[memoryview, int]:
         """A goodbye, and its tag."""
         return self._control(Kind.BYE, b"")
+
+    def close(self) -> None:
+        self._worker.close(self.endpoint)
+        self.endpoint = None
+        self._posted.clear()
 
     def _control(self, kind: Kind, text: bytes) -> tuple[memoryview, int]:
         message = _CONTROL.pack(kind, self._owed, len(text)) + text
