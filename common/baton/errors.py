@@ -1,19 +1,19 @@
 """Every error that Baton raises on purpose.
 
-    BatonError
-    ├── RequestError            the caller's mistake; HTTP 4xx
-    │   ├── InvalidRequest      400  a field is wrong; `param` names it
-    │   ├── ModelNotFound       404
-    │   └── RequestTooLarge     400  longer than max_model_len or than the whole pool
-    ├── Overloaded              429  no capacity; `retry_after_s` says when to come back
-    ├── Unavailable             503  no ready worker, or the one at work was lost
-    │   └── WorkerLost          503  a worker died or stopped answering with this request on it
-    ├── DeadlineExceeded        504
-    ├── Cancelled               499  the client went away or asked for it
-    ├── TransferError           500  the KV hand-over failed
-    │   └── TransferRefused     500  the receiver does not want this piece (epoch, lease, digest, layout)
-    ├── ConfigError                  a setting is wrong; one line that says what to do
-    └── InternalError           500  ours
+BatonError
+├── RequestError            the caller's mistake; HTTP 4xx
+│   ├── InvalidRequest      400  a field is wrong; `param` names it
+│   ├── ModelNotFound       404
+│   └── RequestTooLarge     400  longer than max_model_len or than the whole pool
+├── Overloaded              429  no capacity; `retry_after_s` says when to come back
+├── Unavailable             503  no ready worker, or the one at work was lost
+│   └── WorkerLost          503  a worker died or stopped answering with this request on it
+├── DeadlineExceeded        504
+├── Cancelled               499  the client went away or asked for it
+├── TransferError           500  the KV hand-over failed
+│   └── TransferRefused     500  the receiver does not want this piece (epoch, lease, digest, layout)
+├── ConfigError                  a setting is wrong; one line that says what to do
+└── InternalError           500  ours
 """
 
 from typing import ClassVar

@@ -9,8 +9,8 @@ An `Attempt` is one try at serving one request on one decode worker.
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import Any
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from baton.clock import Clock
 from baton.errors import BatonError, InternalError, Unavailable, WorkerLost, from_code
