@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from baton.config import EngineConfig, ModelConfig
 from baton.engine.batch import Batch, BatchRow, LayerListener
 from baton.engine.sampler import sample
+from baton.engine.structured import Grammars
 from baton.errors import ConfigError, InternalError
 from baton.kv.layout import KVLayout
 from baton.kv.storage import DTYPES, KVStorage
 from baton.model import loader
 from baton.model.attention import PagedBatch
+from baton.model.layers import LayerSpec, kv_layout, paged_layers, plain_layers
 from baton.model_files import resolve_model
+from baton.tokenizer import load_tokenizer
 from baton.transfer.wire import VERSION as WIRE_VERSION
 from baton_kernels import naive
 
@@ -46,12 +49,17 @@ class TorchModelRunner:
         vocab_size: int,
         max_model_len: int,
         num_threads: int = 1,
+        layers: tuple[LayerSpec, ...] | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
+        """`layers` of the model; None: one for each layer of the storage, and nothing special."""
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
+        self.grammars = grammars
         self._model = model
         self._storage = storage
-        self._layers = tuple(storage.layer_views(i) for i in range(storage.layout.num_layers))
+        self._layers = paged_layers(layers or plain_layers(storage.layout), storage)
+        self._windows = {layer.window for layer in self._layers}
         self._dtype = DTYPES[storage.layout.dtype]
         # On other devices a layer's KV is written some time after the call that asks for it.
         self._tells_layers = storage.data.device.type == "cpu"
@@ -88,15 +96,18 @@ class TorchModelRunner:
             position_ids=inputs.position_ids,
             use_cache=False,
             logits_to_keep=inputs.last_tokens,
-            **inputs.paged.kwargs,
+            baton_batch=inputs.paged,
         ).logits[0]
+        if len(logits) != len(inputs.sampled):  # the model does not know `logits_to_keep`
+            logits = logits[inputs.last_tokens]
         if inputs.paged.num_layers_seen != len(self._layers):
             raise InternalError(
                 f"{inputs.paged.num_layers_seen} of {len(self._layers)} layers called Baton's attention"
             )
         rows = [batch.rows[i] for i in inputs.sampled]
         positions = [row.start + len(row.token_ids) for row in rows]
-        tokens = sample(logits, [row.sampling for row in rows], positions) if rows else []
+        states = [row.state for row in rows]
+        tokens = sample(logits, [row.sampling for row in rows], positions, states) if rows else []
         drawn = dict(zip(inputs.sampled, tokens, strict=True))
         return tuple(drawn[i] for i, row in enumerate(batch.rows) if row.sample)
 
@@ -126,27 +137,34 @@ class TorchModelRunner:
                 (end - len(row.token_ids), end, self._plan_prefill(row))
                 for row, end in zip(rows[num_decodes:], ends[num_decodes:], strict=True)
             ),
-            max_model_len=self.max_model_len,
         )
         last = [(i, end - 1) for i, row, end in zip(order, rows, ends, strict=True) if row.sample]
         last_tokens = torch.tensor([index for _, index in last], dtype=torch.int64, device=device)
         return _Inputs(on_device[:1], on_device[1:2], paged, [i for i, _ in last], last_tokens)
 
-    def _plan_decode(self, rows: list[BatchRow], positions: Tensor) -> naive.DecodePlan | None:
+    def _plan_decode(
+        self, rows: list[BatchRow], positions: Tensor
+    ) -> dict[naive.Window | None, naive.DecodePlan]:
         if not rows:
-            return None
+            return {}
         block_size, device = self._storage.layout.block_size, positions.device
         tables = np.zeros((len(rows), max(len(row.block_table) for row in rows)), dtype=np.int64)
         for table, row in zip(tables, rows, strict=True):
             table[: len(row.block_table)] = row.block_table
+        on_device, lens = torch.from_numpy(tables).to(device), positions + 1
         longest = max(row.start for row in rows) + 1
-        return naive.plan_decode(
-            torch.from_numpy(tables).to(device), positions + 1, longest, block_size, self._dtype
-        )
+        return {
+            window: naive.plan_decode(on_device, lens, longest, block_size, self._dtype, window)
+            for window in self._windows
+        }
 
-    def _plan_prefill(self, row: BatchRow) -> naive.PrefillPlan:
+    def _plan_prefill(self, row: BatchRow) -> dict[naive.Window | None, naive.PrefillPlan]:
         table = torch.tensor(row.block_table, device=self._storage.data.device)
-        return naive.plan_prefill(table, row.start, len(row.token_ids), self._storage.layout.block_size)
+        block_size = self._storage.layout.block_size
+        return {
+            window: naive.plan_prefill(table, row.start, len(row.token_ids), block_size, window)
+            for window in self._windows
+        }
 
 
 def _in_order(listener: LayerListener, loop: asyncio.AbstractEventLoop) -> Callable[[int], None]:
@@ -169,22 +187,30 @@ class LoadedModel(NamedTuple):
     fingerprint: str
 
 
-def load_runner(model: ModelConfig, engine: EngineConfig, *, fill_nan: bool = False) -> LoadedModel:
-    """Weights, KV pool and thread of one worker. Raises ConfigError. `fill_nan`: see KVStorage."""
+def load_runner(
+    model: ModelConfig, engine: EngineConfig, *, fill_nan: bool = False, surveyed: bool = True
+) -> LoadedModel:
+    """Weights, KV pool and thread of one worker. Raises ConfigError. `fill_nan`: see KVStorage; `surveyed`: see
+    load_config."""
     directory = resolve_model(model.model, model.revision)
-    config = loader.load_config(directory)
+    config = loader.load_config(directory, surveyed=surveyed)
     max_model_len = loader.model_length(config, model.max_model_len)
     device = loader.resolve_device(engine.device)
     dtype = loader.resolve_dtype(config, model.dtype, device)
-    layout = loader.kv_layout(config, engine.block_size, dtype)
-    storage = KVStorage(layout, _num_blocks(engine, layout), device, fill_nan=fill_nan)
     torch.set_num_threads(engine.num_threads)
+    module = loader.load_model(directory, config, dtype, device)
+    layers = loader.learn_layers(module, config, max_model_len)
+    layout = kv_layout(layers, engine.block_size, dtype)
+    storage = KVStorage(layout, _num_blocks(engine, layout), device, fill_nan=fill_nan)
+    vocab_size = config.get_text_config().vocab_size
     runner = TorchModelRunner(
-        loader.load_model(directory, config, dtype, device),
+        module,
         storage,
-        vocab_size=config.vocab_size,
+        vocab_size=vocab_size,
         max_model_len=max_model_len,
         num_threads=engine.num_threads,
+        layers=layers,
+        grammars=Grammars(lambda: load_tokenizer(directory, num_threads=0), vocab_size),
     )
     return LoadedModel(runner, loader.fingerprint(directory, layout, WIRE_VERSION))
 

@@ -3,12 +3,14 @@
 A step is one ragged row of tokens, [1, T]: first one token for each sequence that decodes, then the chunks of
 prompts. What each of them sees is in a `PagedBatch`, which travels through the model as a keyword argument:
 
-    model(input_ids, position_ids=..., **batch.kwargs)  -->  paged_attention(..., baton_batch=batch)
+    model(input_ids, position_ids=..., baton_batch=batch)  -->  paged_attention(..., baton_batch=batch)
+
+Before the first step `layers.learn_layers` sends a `Probe` the same way, which notes what every layer asks for.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +19,66 @@ from baton_kernels import naive
 
 NAME = "baton_paged"
 
-# Arguments that change the result and that we do not honour yet. Refused when they are there, not ignored.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+class Options(NamedTuple):
+    """What a layer asks for besides softmax(q k^T) v."""
+
+    scale: float
+    sliding_window: int | None  # as the module says it; what is done follows the config, see layers.py
+    softcap: float | None
+    sinks: Tensor | None  # [H]
+    others: dict[str, Any]
+
+
+class Attend(Protocol):
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Options
+    ) -> Tensor:
+        """query [T, H, Dk], key [T, Hkv, Dk], value [T, Hkv, Dv] -> [T, H, Dv]."""
+        ...
+
+
+class PagedLayer(NamedTuple):
+    kv: int  # layer of the pool
+    k_cache: Tensor  # see baton_kernels.naive
+    v_cache: Tensor
+    window: naive.Window | None
+    writes: bool  # False: it reads the KV of an earlier layer
 
 
 @dataclass(slots=True)
 class PagedBatch:
     """Made once per step, read by every layer. `num_layers_seen` counts their calls."""
 
-    layers: tuple[tuple[Tensor, Tensor], ...]  # K and V cache of each layer, see baton_kernels.naive
+    layers: tuple[PagedLayer, ...]
     writes: naive.Positions  # [T], where the KV of this step's tokens goes
     num_decodes: int
-    decode: naive.DecodePlan | None  # of the first num_decodes tokens
-    prefills: tuple[tuple[int, int, naive.PrefillPlan], ...]  # tokens [start, end) of the step are one chunk
-    max_model_len: int  # no sequence is longer; a sliding window of at least this much changes nothing
-    on_written: Callable[[int], None] | None = None  # told each layer's index once its KV is in the pool
+    # Plans for each window that a layer has:
+    decode: dict[naive.Window | None, naive.DecodePlan]  # of the first num_decodes tokens; empty without any
+    prefills: tuple[tuple[int, int, dict[naive.Window | None, naive.PrefillPlan]], ...]  # tokens [start, end)
+    on_written: Callable[[int], None] | None = None  # told each layer of the pool once its KV is there
     num_layers_seen: int = 0
 
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        return {"baton_batch": self}
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Options
+    ) -> Tensor:
+        """Writes the tokens' K and V to the pool, then attends to what is in the pool."""
+        self.num_layers_seen += 1
+        kv, k_cache, v_cache, window, writes = self.layers[module.layer_idx]  # type: ignore[index]
+        if writes:
+            naive.write_kv(key.to(k_cache.dtype), value.to(v_cache.dtype), k_cache, v_cache, self.writes)
+            if self.on_written is not None:
+                self.on_written(kv)
+        query, scale = query.to(k_cache.dtype), options.scale
+        extra: dict[str, Any] = {"softcap": options.softcap, "sinks": options.sinks}
+        outs = []
+        if self.decode:
+            decoding, decode = query[: self.num_decodes], self.decode[window]
+            outs.append(naive.paged_decode_attention(decoding, k_cache, v_cache, decode, scale, **extra))
+        for start, end, plans in self.prefills:
+            chunk, plan = query[start:end], plans[window]
+            outs.append(naive.paged_prefill_attention(chunk, k_cache, v_cache, plan, scale, **extra))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def register() -> None:
@@ -52,29 +94,15 @@ def paged_attention(
     value: Tensor,  # [1, Hkv, T, Dv]
     attention_mask: Tensor | None,
     *,
-    baton_batch: PagedBatch,
+    baton_batch: Attend,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **kwargs: Any,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """[1, T, H, Dv]. Writes the tokens' K and V to the pool, then attends to what is in the pool."""
-    batch = baton_batch
-    if attention_mask is not None or any(kwargs.get(name) is not None for name in _UNSUPPORTED):
-        raise NotImplementedError(f"{type(module).__name__} asks for attention that Baton does not do yet")
-    if sliding_window is not None and sliding_window < batch.max_model_len:
-        raise NotImplementedError(f"{type(module).__name__} has a sliding window of {sliding_window} tokens")
-    batch.num_layers_seen += 1
-    k_cache, v_cache = batch.layers[module.layer_idx]  # type: ignore[index]
-    query = query[0].transpose(0, 1)  # [T, H, Dk]
-    naive.write_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), k_cache, v_cache, batch.writes)
-    if batch.on_written is not None:
-        batch.on_written(module.layer_idx)  # type: ignore[arg-type]
-
+    """[1, T, H, Dv]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    outs = []
-    if batch.decode is not None:
-        decoding = query[: batch.num_decodes]
-        outs.append(naive.paged_decode_attention(decoding, k_cache, v_cache, batch.decode, scale))
-    for start, end, plan in batch.prefills:
-        outs.append(naive.paged_prefill_attention(query[start:end], k_cache, v_cache, plan, scale))
-    return (outs[0] if len(outs) == 1 else torch.cat(outs))[None], None
+    options = Options(scale, sliding_window, softcap, s_aux, {"attention_mask": attention_mask, **others})
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    return baton_batch.attend(module, query, key, value, options)[None].to(query.dtype), None

@@ -15,17 +15,26 @@ import xxhash
 from torch import nn
 
 from baton.errors import ConfigError
-from baton.kv.layout import KVLayout, LayerLayout
+from baton.kv.layout import KVLayout
 from baton.kv.storage import DTYPES
-from baton.model import attention
+from baton.model import attention, layers
+from baton.model.support import read_survey
 from baton.model_files import read_json
 
-# Types whose greedy tokens equal those of transformers' own generate() in our tests.
-SUPPORTED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# The rotation of a position depends on the longest sequence of the batch, so its KV is nobody else's.
+_STATEFUL_ROPE = "dynamic"
 
-# With these the rotation of a position depends on the longest sequence of the batch, so its KV is nobody
-# else's.
-_STATEFUL_ROPE = ("dynamic", "longrope")
+# The same, but only for sequences longer than those that the model was first trained on.
+_TWO_RANGES_ROPE = "longrope"
+
+# What configs call the number of positions.
+_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "model_max_length",
+)
 
 # Buffers that old checkpoints carry and that the model computes itself.
 _HARMLESS_EXTRA = ("rotary_emb.inv_freq",)
@@ -35,32 +44,34 @@ _SAMPLE_BYTES = 2**20
 _NUM_SAMPLES = 256
 
 
-def load_config(directory: Path) -> Any:
-    """transformers' PretrainedConfig of a supported model. Raises ConfigError."""
+def load_config(directory: Path, *, surveyed: bool = True) -> Any:
+    """transformers' PretrainedConfig of a supported model. `surveyed`: only types that passed the survey; the
+    other guards hold in any case. Raises ConfigError."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{directory / 'config.json'}: {_first_line(error)}") from None
-    reason = _unsupported(config)
+    reason = (read_survey().why_not(config.model_type) if surveyed else None) or _unsupported(config)
     if reason:
-        raise ConfigError(f"model type {config.model_type!r} in {directory} is not supported: {reason}")
+        raise _refusal(config, reason)
     return config
 
 
 def model_length(config: Any, wanted: int | None) -> int:
-    """max_model_len: what the user wants, within what the model's positions and windows allow. Raises
-    ConfigError."""
-    possible = int(config.max_position_embeddings)
-    window = _sliding_window(config)
-    reason = "has positions for"
-    if window is not None and window < possible:
-        possible, reason = window, "attends to a sliding window, which is supported only up to its size of"
-    if wanted is None and possible == window:
-        raise ConfigError(
-            f"the model {reason} {possible} tokens: start with --max-model-len {possible} or less"
-        )
+    """max_model_len: what the user wants, within what the model's positions allow. Raises ConfigError."""
+    text = config.get_text_config(decoder=True)
+    lengths = [length for name in _LENGTHS if isinstance(length := getattr(text, name, None), int)]
+    possible, reason = (lengths[0], "has positions for") if lengths else (None, "")
+    for rope in _ropes(text):
+        if rope.get("rope_type") == _TWO_RANGES_ROPE:
+            possible = min(_first_range(text, rope), possible or _first_range(text, rope))
+            reason = "has RoPE scaling 'longrope', whose two ranges cannot share KV, and its first range has"
+    if possible is None:
+        if wanted is None:
+            raise ConfigError("the model does not say how long its sequences may be: use --max-model-len")
+        return wanted
     if wanted is not None and wanted > possible:
         raise ConfigError(f"max_model_len {wanted} is too long: the model {reason} {possible} tokens")
     return possible if wanted is None else wanted
@@ -80,12 +91,6 @@ def resolve_dtype(config: Any, name: str, device: torch.device) -> str:
         return name
     names = {dtype: known for known, dtype in DTYPES.items()}
     return "float32" if device.type == "cpu" else names.get(config.dtype, "bfloat16")
-
-
-def kv_layout(config: Any, block_size: int, dtype: str) -> KVLayout:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    layer = LayerLayout(config.num_key_value_heads, head_dim, head_dim)
-    return KVLayout(block_size, (layer,) * config.num_hidden_layers, dtype, DTYPES[dtype].itemsize)
 
 
 def load_model(directory: Path, config: Any, dtype: str, device: torch.device) -> nn.Module:
@@ -112,8 +117,18 @@ def load_model(directory: Path, config: Any, dtype: str, device: torch.device) -
     ) as error:  # safetensors, torch and transformers raise whatever they like for a broken file
         raise ConfigError(f"the weights in {directory} cannot be loaded: {_first_line(error)}") from error
     model: nn.Module = loaded[0]
+    if getattr(model, "_is_stateful", False):
+        raise _refusal(config, "it has layers with a state of their own instead of KV")
     _check_weights(directory, loaded[1])
     return model.to(device).eval().requires_grad_(False)
+
+
+def learn_layers(model: nn.Module, config: Any, max_model_len: int) -> tuple[layers.LayerSpec, ...]:
+    """What the layers of a loaded model ask for. Raises ConfigError for what would give wrong answers."""
+    try:
+        return layers.learn_layers(model, config.get_text_config(decoder=True), max_model_len)
+    except ConfigError as error:
+        raise _refusal(config, error.message) from error
 
 
 def fingerprint(directory: Path, layout: KVLayout, wire_version: int) -> str:
@@ -148,27 +163,31 @@ def _quiet() -> Iterator[None]:
             theirs.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
+def _refusal(config: Any, reason: str) -> ConfigError:
+    return ConfigError(f"model type {config.model_type!r} is not supported: {reason}")
+
+
 def _unsupported(config: Any) -> str | None:
-    if config.model_type not in SUPPORTED_TYPES:
-        return f"Baton runs {', '.join(SUPPORTED_TYPES)}"
     if getattr(config, "quantization_config", None) is not None:
         return "its weights are quantised"
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type in _STATEFUL_ROPE:
-        return (
-            f"its RoPE scaling {rope_type!r} makes the KV of a prompt depend on its neighbours in the batch"
-        )
-    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if unknown:
-        return f"it has layers of type {', '.join(sorted(unknown))}"
+    text = config.get_text_config(decoder=True)
+    if any(rope.get("rope_type") == _STATEFUL_ROPE for rope in _ropes(text)):
+        return "its RoPE scaling 'dynamic' makes the KV of a prompt depend on its neighbours in the batch"
+    if getattr(text, "is_encoder_decoder", False):
+        return "it has an encoder"
     return None
 
 
-def _sliding_window(config: Any) -> int | None:
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and "sliding_attention" not in layer_types:
-        return None
-    return getattr(config, "sliding_window", None)
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The RoPE parameters of all kinds of layers."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _first_range(config: Any, rope: dict[str, Any]) -> int:
+    name = "original_max_position_embeddings"
+    return int(rope.get(name) or getattr(config, name, None) or config.max_position_embeddings)
 
 
 def _weight_files(directory: Path) -> list[Path]:
