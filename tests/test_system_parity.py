@@ -38,7 +38,7 @@ SHORT = [
     65,
     100,
 ]
-LONG = [127, 128, 129, 255, 256, 257, 300, 511, 512, 513, 700, 1000, 1023, 1024, 1025, 1500, 1999, 2000]
+LONG = [128, 129, 256, 257, 511, 512, 1000, 1024, 1025, 1999, 2000]
 LENGTHS = SHORT * 2 + LONG
 MODELS = ("demo", "gqa", "mha", "tied", "rope-llama3")
 CHUNKED = EngineConfig(max_num_batched_tokens=96, max_num_seqs=64)
