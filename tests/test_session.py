@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from baton.errors import TransferError, TransferRefused
 from baton.kv.layout import KVLayout, LayerLayout
 from baton.request import BlockId, RequestId
-from baton.transfer.session import ENDINGS, TRANSITIONS, HandOver, State
+from baton.transfer.session import ENDINGS, MAX_SENDS, TRANSITIONS, HandOver, State
 from baton.transfer.wire import PieceHeader
 
 LAYOUT = KVLayout(16, (LayerLayout(2, 8, 8),) * 3, "float32", 4)
@@ -149,6 +149,92 @@ def test_a_verified_hand_over_does_not_expire() -> None:
     assert not h.expire(1e9)
 
 
+def reject(h: HandOver, p: PieceHeader) -> None:
+    h.open(p, 1.0)
+    h.reject(p)
+
+
+def test_a_rejected_piece_counts_for_nothing_until_its_repeat_is_right() -> None:
+    h = hand_over(num_blocks=2)
+    reject(h, piece(0, 0, 2))
+    assert (h.state, h.num_open, h.num_bytes, h.num_blocks_received) == (State.RECEIVING, 0, 0, 0)
+    deliver(h, piece(1, 0, 0, last=2))
+    assert h.state is State.RECEIVING  # the last piece came, but one before it is still to be repeated
+    deliver(h, piece(0, 0, 2))
+    assert (h.state, h.num_mismatches) == (State.VERIFIED, 1)
+
+
+def test_a_rejected_last_piece_may_come_again() -> None:
+    h = hand_over(num_blocks=2)
+    deliver(h, piece(0, 0, 1))
+    reject(h, piece(1, 1, 1, last=2))
+    assert (h.state, h.first_token) == (State.RECEIVING, -1)
+    deliver(h, piece(1, 1, 1, last=2))
+    assert (h.state, h.first_token) == (State.VERIFIED, 5)
+
+
+def test_a_rejected_piece_gives_up_only_its_own_layers() -> None:
+    h = hand_over(num_blocks=2)
+    deliver(h, piece(0, 0, 2, layers=(0, 1)))
+    reject(h, piece(1, 0, 2, layers=(1, 3)))
+    with pytest.raises(TransferRefused, match="claim"):
+        h.open(piece(2, 0, 2, layers=(0, 1)), 1.0)
+    deliver(h, piece(1, 0, 2, layers=(1, 3)), piece(2, 0, 0, last=3))
+    assert h.state is State.VERIFIED
+
+
+def test_a_piece_that_is_never_right_fails_the_hand_over() -> None:
+    h = hand_over()
+    for _ in range(MAX_SENDS - 1):
+        reject(h, piece(0, 0, 2))
+        assert h.state is State.RECEIVING
+    h.open(piece(1, 2, 2), 1.0)
+    reject(h, piece(0, 0, 2))
+    assert (h.state, h.ending) == (State.DRAINING, State.FAILED)  # the other piece is still open
+    assert "digest" in h.reason
+    h.reject(piece(1, 2, 2))
+    assert h.state is State.FREE
+
+
+def test_pieces_are_counted_apart_when_they_are_rejected() -> None:
+    h = hand_over(num_blocks=2)
+    for _ in range(MAX_SENDS - 1):
+        reject(h, piece(0, 0, 1))
+        reject(h, piece(1, 1, 1, last=2))
+    deliver(h, piece(0, 0, 1), piece(1, 1, 1, last=2))
+    assert (h.state, h.num_mismatches) == (State.VERIFIED, 2 * (MAX_SENDS - 1))
+
+
+def test_a_repeat_is_refused_while_the_piece_is_open_and_once_it_is_right() -> None:
+    h = hand_over()
+    h.open(piece(0, 0, 2), 1.0)
+    with pytest.raises(TransferRefused, match="twice"):
+        h.open(piece(0, 0, 2), 1.0)
+    h.reject(piece(0, 0, 2))
+    deliver(h, piece(0, 0, 2))
+    with pytest.raises(TransferRefused, match="twice"):
+        h.open(piece(0, 0, 2), 1.0)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_rejected_piece_ends_the_draining(ending: State) -> None:
+    h = hand_over()
+    h.open(piece(0, 0, 2), 1.0)
+    h.end(ending, "because")
+    h.reject(piece(0, 0, 2))
+    assert (h.state, h.ending) == (State.FREE, ending)
+
+
+def test_rejected_pieces_do_not_renew_the_lease() -> None:
+    h = hand_over()
+    h.open(piece(0, 0, 2), 1.0)
+    lease_end_s = h.lease_end_s
+    h.reject(piece(0, 0, 2))
+    assert h.lease_end_s == lease_end_s
+    assert h.expire(lease_end_s)
+    assert (h.state, h.ending) == (State.FREE, State.EXPIRED)
+
+
 def test_the_transition_table_reaches_every_state_and_ends_free() -> None:
     seen, todo = set(), [State.RESERVED]
     while todo:
@@ -160,13 +246,19 @@ def test_the_transition_table_reaches_every_state_and_ends_free() -> None:
     assert [state for state in State if not TRANSITIONS[state]] == [State.FREE]
 
 
+def cells(p: PieceHeader) -> set[tuple[int, int]]:
+    blocks = range(p.block_start, p.block_start + p.num_blocks)
+    return {(block, layer) for block in blocks for layer in range(p.layer_start, p.layer_end)}
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_no_history_frees_blocks_while_a_write_may_land(seed: int) -> None:
-    """Random pieces (right, wrong, twice), closes, endings and lease checks, in random order."""
+    """Random pieces (right, wrong, twice), closes, rejections, endings and lease checks, in random order."""
     rng = random.Random(seed)
     h = hand_over(num_blocks=rng.randint(1, 6), first_block=rng.randint(0, 1))
     opened: list[PieceHeader] = []
+    right: set[tuple[int, int]] = set()  # (block, layer) that came and matched
     now = 0.0
     for _ in range(40):
         now += rng.expovariate(1.0)
@@ -187,7 +279,15 @@ def test_no_history_frees_blocks_while_a_write_may_land(seed: int) -> None:
                 opened.append(p)
             case 2 if opened:
                 p = opened.pop(rng.randrange(len(opened)))
-                h.close(p, TransferError("x") if rng.random() < 0.2 else None, now)
+                match rng.randrange(6):
+                    case 0:
+                        h.close(p, TransferError("x"), now)
+                    case 1 | 2:
+                        h.reject(p)
+                    case _:
+                        if h.state is State.RECEIVING:
+                            right |= cells(p)
+                        h.close(p, None, now)
             case 3 if rng.random() < 0.2:
                 h.end(rng.choice(ENDINGS), "test")
             case 4:
@@ -197,9 +297,39 @@ def test_no_history_frees_blocks_while_a_write_may_land(seed: int) -> None:
             assert not opened
         if h.state is State.VERIFIED:
             assert not opened
-            assert h.num_blocks_received == len(h.block_ids) - h.first_block
+            assert right == {(i, layer) for i in range(h.first_block, len(h.block_ids)) for layer in range(3)}
     h.end(State.CANCELLED, "end of test")
     while opened:
         assert h.state is not State.FREE
         h.close(opened.pop(), None, now)
     assert h.state is State.FREE
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_sender_that_repeats_what_was_rejected_always_gets_through(seed: int) -> None:
+    """Layer groups in any order, up to MAX_SENDS - 1 rejections of each, several open at once."""
+    rng = random.Random(seed)
+    num_blocks, groups = rng.randint(1, 6), rng.choice([[(0, 3)], [(0, 1), (1, 3)], [(0, 1), (1, 2), (2, 3)]])
+    places = [(block, layers) for block in range(num_blocks) for layers in groups]
+    rng.shuffle(places)
+    pieces = [piece(i, block, 1, layers=layers) for i, (block, layers) in enumerate(places)]
+    pieces.append(piece(len(pieces), num_blocks, 0, last=len(pieces) + 1))
+    h = hand_over(num_blocks)
+    waiting, opened, num_rejected = pieces, list[PieceHeader](), dict.fromkeys(range(len(pieces)), 0)
+    while waiting or opened:
+        assert h.state in (State.RESERVED, State.RECEIVING)
+        if waiting and (not opened or rng.random() < 0.5):
+            opened.append(waiting.pop(rng.randrange(len(waiting))))
+            h.open(opened[-1], 1.0)
+            continue
+        p = opened.pop(rng.randrange(len(opened)))
+        if num_rejected[p.sequence] < MAX_SENDS - 1 and rng.random() < 0.4:
+            num_rejected[p.sequence] += 1
+            h.reject(p)
+            waiting.append(p)
+        else:
+            h.close(p, None, 1.0)
+    assert h.state is State.VERIFIED
+    assert h.num_mismatches == sum(num_rejected.values())
+    assert h.num_bytes == num_blocks * LAYOUT.block_bytes

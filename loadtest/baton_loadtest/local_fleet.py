@@ -19,6 +19,7 @@ from baton.messages import Role, WorkerRecord
 from baton.request import Request, WorkerId
 from baton.rpc import Handlers, InprocRpc, InprocRpcNetwork
 from baton.transfer.base import Transport
+from baton.transfer.report import TransferReport
 from baton_decode.receive import Receiver
 from baton_decode.service import DecodeService
 from baton_prefill.service import PrefillService
@@ -69,6 +70,7 @@ class LocalFleet:
         self.fleet = Fleet(router, self._rpc, PrefixMirror(clock), self.index, clock, emit)
         self.pipeline = Pipeline(router, self.fleet, clock, random.Random(seed), emit)
         self.workers: dict[WorkerId, LocalWorker] = {}
+        self.transfers: list[TransferReport] = []  # of both ends, in the order they ended
         self._num_started = 0
 
     @asynccontextmanager
@@ -100,7 +102,7 @@ class LocalFleet:
     ) -> LocalWorker:
         storage, clock, emit = runner.storage, self.clock, self._emit
         engine = Engine(self._engine_config, runner, clock, fingerprint)
-        receiver = Receiver(storage, clock, emit)
+        receiver = Receiver(storage, clock, emit, self.transfers.append)
         kv_address = await transport.listen(receiver)
         worker = Worker(
             WorkerRecord(
@@ -126,7 +128,9 @@ class LocalFleet:
         handlers: Handlers = {}
         prefill: PrefillService | None = None
         if Role.PREFILL in roles:
-            prefill = PrefillService(worker, storage, transport, self._transfer_config, clock, emit)
+            prefill = PrefillService(
+                worker, storage, transport, self._transfer_config, clock, emit, self.transfers.append
+            )
             handlers |= prefill.handlers()
         if Role.DECODE in roles:
             decode = DecodeService(

@@ -102,21 +102,29 @@ class FakeModelRunner:
         self._speed = speed
 
     async def execute(self, batch: Batch) -> tuple[int, ...]:
-        speed = self._speed
+        """Layer by layer, and as long as each takes: whoever listens can send a layer while the next is computed."""
+        speed, listener = self._speed, batch.listener
         num_prefill = sum(len(row.token_ids) for row in batch.rows if len(row.token_ids) > 1)
         num_decode = len(batch.rows)
-        await self._clock.sleep(
-            speed.step_s + num_prefill * speed.prefill_token_s + num_decode * speed.decode_row_s
+        step_s = speed.step_s + num_prefill * speed.prefill_token_s + num_decode * speed.decode_row_s
+        num_layers, start = self.storage.layout.num_layers, 0
+        for end in (*(listener.ends if listener else ()), num_layers):
+            await self._clock.sleep(step_s * (end - start) / num_layers)
+            for row in batch.rows:
+                self._write(row, range(start, end))
+            if listener and end > start:
+                listener.written(end)
+            start = end
+        return tuple(
+            self.storage.next_token(row.block_table, row.start + len(row.token_ids))
+            for row in batch.rows
+            if row.sample
         )
-        return tuple(token for row in batch.rows if (token := self._run(row)) is not None)
 
-    def _run(self, row: BatchRow) -> int | None:
-        num_layers = self.storage.layout.num_layers
-        end = row.start + len(row.token_ids)
+    def _write(self, row: BatchRow, layers: range) -> None:
         for position, token_id in enumerate(row.token_ids, row.start):
-            for layer in range(num_layers):
+            for layer in layers:
                 self.storage.token(row.block_table, position, layer)[:] = _kv_bytes(token_id, position, layer)
-        return self.storage.next_token(row.block_table, end) if row.sample else None
 
     async def aclose(self) -> None:
         pass

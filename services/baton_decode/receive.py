@@ -13,9 +13,16 @@ from baton.errors import TransferError, TransferRefused
 from baton.events import Emit
 from baton.kv.layout import BlockStorage
 from baton.request import BlockId, RequestId
-from baton.transfer.digest import piece_digest
+from baton.transfer.digest import mismatch, piece_digest
+from baton.transfer.report import OnTransfer, Outcome, TransferReport, ignore
 from baton.transfer.session import HandOver, State
 from baton.transfer.wire import PieceHeader
+
+_OUTCOMES: dict[State, Outcome] = {
+    State.CANCELLED: "cancelled",
+    State.EXPIRED: "expired",
+    State.FAILED: "failed",
+}
 
 
 @dataclass(slots=True)
@@ -26,10 +33,14 @@ class _Expected:
 
 
 class Receiver:
-    def __init__(self, storage: BlockStorage, clock: Clock, emit: Emit) -> None:
+    def __init__(
+        self, storage: BlockStorage, clock: Clock, emit: Emit, on_transfer: OnTransfer = ignore
+    ) -> None:
+        """`on_transfer` hears of every hand-over that got at least one piece, once it has ended."""
         self._storage = storage
         self._clock = clock
         self._emit = emit
+        self._on_transfer = on_transfer
         self._expected: dict[RequestId, _Expected] = {}
         self.num_pieces_refused = 0
         self.num_digest_mismatches = 0
@@ -73,7 +84,9 @@ class Receiver:
 
     def go_live(self, request_id: RequestId) -> None:
         """From here on the engine owns the blocks; late pieces find nothing and are refused."""
-        self._expected.pop(request_id).hand_over.go_live()
+        hand_over = self._expected.pop(request_id).hand_over
+        hand_over.go_live()
+        self._report(hand_over, "ok")
 
     async def end(self, request_id: RequestId, reason: str) -> None:
         """Cancel what is under way and wait until no byte can be written any more. Idempotent."""
@@ -84,7 +97,22 @@ class Receiver:
         while expected.hand_over.state is not State.FREE:
             expected.changed.clear()
             await expected.changed.wait()  # ends: a transport closes every piece it opened, stalled ones too
-        self._expected.pop(request_id, None)
+        if self._expected.get(request_id) is expected:
+            del self._expected[request_id]
+            self._report(expected.hand_over, _OUTCOMES[expected.hand_over.ending or State.FAILED])
+
+    def _report(self, hand_over: HandOver, outcome: Outcome) -> None:
+        if hand_over.opened_s is not None:
+            ended_s = self._clock.now() if hand_over.closed_s is None else hand_over.closed_s
+            self._on_transfer(
+                TransferReport(
+                    "received",
+                    outcome,
+                    ended_s - hand_over.opened_s,
+                    hand_over.num_bytes,
+                    hand_over.num_mismatches,
+                )
+            )
 
     @property
     def num_expected(self) -> int:
@@ -111,11 +139,11 @@ class Receiver:
         expected = self._expected[header.request_id]  # stays until FREE, so it is there for every open piece
         buffers = expected.buffers.pop(header.sequence)
         corrupt = error is None and piece_digest(header, buffers) != header.digest
-        if corrupt:
-            self.num_digest_mismatches += 1
-            self._emit("piece.corrupt", request=header.request_id, piece=header.sequence)
-            error = TransferError(f"piece {header.sequence} does not match its digest")
-        expected.hand_over.close(header, error, self._clock.now())
         expected.changed.set()
-        if corrupt:
-            raise TransferRefused(f"piece {header.sequence} does not match its digest")
+        if not corrupt:
+            expected.hand_over.close(header, error, self._clock.now())
+            return
+        self.num_digest_mismatches += 1
+        self._emit("piece.corrupt", request=header.request_id, piece=header.sequence, bytes=header.num_bytes)
+        expected.hand_over.reject(header)
+        raise mismatch(header)

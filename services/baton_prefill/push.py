@@ -1,12 +1,13 @@
 """The sending end of the hand-over: blocks leave while the rest of the prompt is still being computed.
 
-A `Push` is told how far the prompt is computed; it cuts what is complete and not yet sent into pieces and keeps several
-in flight. The source blocks stay where they are until `run` ended: the engine may give them back only then.
+A `Push` is told how far the prompt is computed, layer group by layer group; it sends what will not be written again in
+pieces (`outgoing` cuts them) and keeps several in flight. The source blocks stay where they are until `run` ended: the
+engine may give them back only then.
 """
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from baton.clock import Clock
 from baton.errors import TransferError, TransferRefused
@@ -16,8 +17,11 @@ from baton.kv.layout import BlockStorage
 from baton.messages import Ticket
 from baton.request import BlockId
 from baton.transfer.base import MAX_IN_FLIGHT, Connection, Transport
-from baton.transfer.digest import piece_digest
+from baton.transfer.digest import is_mismatch, piece_digest
+from baton.transfer.report import Outcome, TransferReport
+from baton.transfer.session import MAX_SENDS
 from baton.transfer.wire import PieceHeader
+from baton_prefill.outgoing import Outgoing
 
 
 class Connections:
@@ -38,16 +42,8 @@ class Connections:
             return connection
 
 
-@dataclass(frozen=True, slots=True)
-class PushResult:
-    num_blocks: int
-    num_bytes: int
-    num_pieces: int
-    seconds: float
-
-
 class Push:
-    """Mutable progress of one hand-over. `computed`, `finish` and `run` belong to one event loop."""
+    """Mutable progress of one hand-over. All methods belong to one event loop."""
 
     def __init__(
         self,
@@ -60,38 +56,47 @@ class Push:
         piece_bytes: int,
         timeout_s: float,
     ) -> None:
+        self.num_blocks = 0  # this and the next three count what was acknowledged
+        self.num_bytes = 0
+        self.num_pieces = 0
+        self.num_mismatches = 0  # pieces that were sent again
         self._ticket = ticket
+        self._num_prompt_tokens = num_prompt_tokens
         self._storage = storage
         self._clock = clock
         self._emit = emit
         self._timeout_s = timeout_s
-        block_size = storage.layout.block_size
-        self._blocks_per_piece = max(1, piece_bytes // max(1, storage.layout.block_bytes))
-        self._first_block = ticket.num_cached_tokens // block_size
-        self._num_blocks = num_blocks_for(num_prompt_tokens, block_size)
-        self._num_sent = self._first_block  # index of the first block not yet cut into a piece
-        self._num_complete = self._first_block  # blocks below this index will not be written again
+        self._num_blocks = num_blocks_for(num_prompt_tokens, storage.layout.block_size)
+        first_block = ticket.num_cached_tokens // storage.layout.block_size
+        self._outgoing = Outgoing(storage.layout, first_block, self._num_blocks, piece_bytes)
         self._block_table: Sequence[BlockId] = ()
         self._first_token: int | None = None
         self._changed = asyncio.Event()
+        self._first_piece_s: float | None = None
+        self._computed_s: float | None = None  # when the prompt's last step ended
+        self._ended_s: float | None = None
 
-    def computed(self, num_tokens: int, block_table: Sequence[BlockId]) -> None:
-        """KV of the first num_tokens prompt tokens is in these blocks. Only full ones are immutable, so only they go."""
-        self._num_complete = max(self._num_complete, num_tokens // self._storage.layout.block_size)
+    def computed(
+        self, num_tokens: int, block_table: Sequence[BlockId], num_layers: int | None = None
+    ) -> None:
+        """KV of the first num_tokens prompt tokens, in the layers below num_layers (all of them without it), is in
+        these blocks. Only blocks that will not be written again go: full ones, and the prompt's last."""
+        layout = self._storage.layout
+        is_whole = num_tokens >= self._num_prompt_tokens
+        num_blocks = self._num_blocks if is_whole else num_tokens // layout.block_size
+        self._outgoing.written(num_blocks, layout.num_layers if num_layers is None else num_layers)
         self._block_table = tuple(block_table)
         self._changed.set()
 
     def finish(self, first_token: int, block_table: Sequence[BlockId]) -> None:
-        """The whole prompt is computed; a partial last block may go now."""
-        self._num_complete = self._num_blocks
+        """The whole prompt is computed."""
         self._first_token = first_token
-        self._block_table = tuple(block_table)
-        self._changed.set()
+        self._computed_s = self._clock.now()
+        self.computed(self._num_prompt_tokens, block_table)
 
-    async def run(self, connections: Connections) -> PushResult:
+    async def run(self, connections: Connections) -> None:
         """Returns when the receiver acknowledged everything. Raises TransferError; cancelling it is safe: when it has
         returned or raised, no transport reads the source blocks any more."""
-        started_s = self._clock.now()
         connection = await connections.get(self._ticket.address)
         in_flight = asyncio.Semaphore(MAX_IN_FLIGHT)
         sequence = 0
@@ -106,29 +111,39 @@ class Push:
                         break
         except BaseExceptionGroup as group:
             raise _first_cause(group) from None
-        num_blocks = self._num_blocks - self._first_block
-        return PushResult(
-            num_blocks, num_blocks * self._storage.layout.block_bytes, sequence, self._clock.now() - started_s
-        )
+        finally:
+            self._ended_s = self._clock.now()
+
+    def report(self, outcome: Outcome) -> TransferReport:
+        """Of a push that has ended."""
+        ended_s = self._clock.now() if self._ended_s is None else self._ended_s
+        seconds = 0.0 if self._first_piece_s is None else ended_s - self._first_piece_s
+        exposed_s = None
+        if outcome == "ok" and self._computed_s is not None:
+            exposed_s = ended_s - self._computed_s
+        return TransferReport("sent", outcome, seconds, self.num_bytes, self.num_mismatches, exposed_s)
 
     async def _next_piece(self, sequence: int) -> PieceHeader:
-        """Wait until there is something to send and cut it: full pieces early, whatever is left at the end."""
-        while self._first_token is None and self._num_complete <= self._num_sent:
+        """Wait until there is something to send and cut it: the last piece may have no blocks at all."""
+        while not self._outgoing.has_ready and self._first_token is None:
             self._changed.clear()
             await self._changed.wait()
-        start = self._num_sent
-        self._num_sent = min(self._num_complete, start + self._blocks_per_piece)
-        last = self._first_token is not None and self._num_sent == self._num_blocks
+        if self._first_piece_s is None:
+            self._first_piece_s = self._clock.now()
         layout = self._storage.layout
+        start, end, layer_start, layer_end = self._outgoing.take() or (
+            self._num_blocks, self._num_blocks, 0, layout.num_layers,
+        )  # fmt: skip
+        last = self._first_token is not None and not self._outgoing.has_ready
         return PieceHeader(
             request_id=self._ticket.request_id,
             epoch=self._ticket.epoch,
             sequence=sequence,
-            layer_start=0,
-            layer_end=layout.num_layers,
+            layer_start=layer_start,
+            layer_end=layer_end,
             block_start=start,
-            num_blocks=self._num_sent - start,
-            num_bytes=(self._num_sent - start) * layout.block_bytes,
+            num_blocks=end - start,
+            num_bytes=(end - start) * layout.group_bytes(layer_start, layer_end),
             num_pieces=sequence + 1 if last else 0,
             first_token=self._first_token if last and self._first_token is not None else -1,
         )
@@ -136,11 +151,34 @@ class Push:
     async def _send(self, connection: Connection, header: PieceHeader, in_flight: asyncio.Semaphore) -> None:
         block_ids = self._block_table[header.block_start : header.block_start + header.num_blocks]
         payload = [self._storage.region(b, header.layer_start, header.layer_end) for b in block_ids]
+        # Once, from the source: a repeat must carry what was meant the first time.
         header = replace(header, digest=piece_digest(header, payload))
         try:
-            await connection.push(header, payload, timeout_s=self._timeout_s)
+            await self._send_until_intact(connection, header, payload)
         finally:
             in_flight.release()
+        self.num_pieces += 1
+        self.num_blocks += header.num_blocks * (header.layer_end == self._storage.layout.num_layers)
+        self.num_bytes += header.num_bytes
+
+    async def _send_until_intact(
+        self, connection: Connection, header: PieceHeader, payload: Sequence[memoryview]
+    ) -> None:
+        for num_left in reversed(range(MAX_SENDS)):
+            try:
+                await connection.push(header, payload, timeout_s=self._timeout_s)
+                return
+            except TransferRefused as refusal:
+                if not is_mismatch(refusal):
+                    raise
+                self.num_mismatches += 1
+                self._emit(
+                    "piece.mismatch", request=header.request_id, piece=header.sequence, bytes=header.num_bytes,
+                    to=self._ticket.worker_id, transport=self._ticket.transport, address=self._ticket.address,
+                    again=num_left > 0,
+                )  # fmt: skip
+                if not num_left:
+                    raise
 
 
 def _first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -1,6 +1,7 @@
 """The Prefill service: compute a prompt, hand its KV over, answer with the first token.
 
-    Prefill called --> engine.add(prefill_only) --> each step: Push.computed --> first token: Push.finish
+    Prefill called --> engine.add(prefill_only) --> each layer group, each step: Push.computed
+                                                --> first token: Push.finish
                                                                                       |
           answer to the router <------------------------------------------------------+
           the push goes on in the background; when it ended, however it ended, engine.abort
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 
 from baton.clock import Clock
 from baton.config import TransferConfig
-from baton.engine.batch import StepOutput
+from baton.engine.batch import LayerProgress, StepOutput
 from baton.engine.worker import Worker
 from baton.errors import BatonError, InternalError, TransferError
 from baton.events import Emit
@@ -23,6 +24,8 @@ from baton.messages import PrefillCall, PrefillResult, Ticket
 from baton.request import FinishReason, RequestId
 from baton.rpc import PREFILL, Handlers
 from baton.transfer.base import Transport
+from baton.transfer.report import OnTransfer, Outcome, ignore
+from baton_prefill.outgoing import layer_group_ends
 from baton_prefill.push import Connections, Push
 
 
@@ -47,23 +50,29 @@ class PrefillService:
         config: TransferConfig,
         clock: Clock,
         emit: Emit,
+        on_transfer: OnTransfer = ignore,
     ) -> None:
+        """`on_transfer` hears of every push once it has ended."""
         self._worker = worker
         self._storage = storage
         self._transport = transport
         self._config = config
         self._clock = clock
         self._emit = emit
+        self._on_transfer = on_transfer
         self._connections = Connections(transport, config.push_timeout_s)
         self._jobs: dict[RequestId, _Job] = {}
-        self._pushes: set[asyncio.Task[None]] = set()
+        self._pushes: dict[asyncio.Task[Outcome], None] = {}  # in the order they were made
         worker.listen(self._on_step)
+        ends = layer_group_ends(storage.layout.num_layers, config.num_layer_groups)
+        worker.engine.listen_to_layers(ends, self._on_layers)
 
     def handlers(self) -> Handlers:
         return {PREFILL: self.prefill}
 
     async def aclose(self) -> None:
         self._worker.unlisten(self._on_step)
+        self._worker.engine.listen_to_layers((), None)
         for task in tuple(self._pushes):
             task.cancel()
         await asyncio.gather(*self._pushes, return_exceptions=True)
@@ -83,7 +92,7 @@ class PrefillService:
         )
         job = self._jobs[request.request_id] = _Job(push, self._clock.now())
         pushing = asyncio.create_task(self._push(job, request.request_id))
-        self._pushes.add(pushing)
+        self._pushes[pushing] = None
         # A callback, not a `finally` in the task: a task cancelled before its first turn never reaches its `finally`.
         pushing.add_done_callback(lambda task: self._forget(task, request.request_id))
         try:
@@ -140,18 +149,32 @@ class PrefillService:
             else:
                 job.push.computed(row.num_computed_tokens, sequence.block_table)
 
-    async def _push(self, job: _Job, request_id: RequestId) -> None:
+    def _on_layers(self, progress: LayerProgress) -> None:
+        job = self._jobs.get(progress.request_id)
+        if job is not None and not job.done.done():
+            job.push.computed(progress.num_tokens, progress.block_table, progress.num_layers)
+
+    async def _push(self, job: _Job, request_id: RequestId) -> Outcome:
+        push = job.push
         try:
-            result = await job.push.run(self._connections)
-            self._emit("push.done", request=request_id, blocks=result.num_blocks, pieces=result.num_pieces)
+            await push.run(self._connections)
         except BatonError as error:
             self._emit("push.failed", request=request_id, why=error.message)
             if not job.done.done():
                 job.done.set_exception(error)
+            return "failed"
+        report = push.report("ok")
+        self._emit(
+            "push.done", request=request_id, blocks=push.num_blocks, pieces=push.num_pieces,
+            bytes=report.num_bytes, seconds=report.seconds, exposed_s=report.exposed_s,
+        )  # fmt: skip
+        return "ok"
 
-    def _forget(self, pushing: asyncio.Task[None], request_id: RequestId) -> None:
+    def _forget(self, pushing: asyncio.Task[Outcome], request_id: RequestId) -> None:
         """The push ended, so no transport reads the blocks any more: the engine may have them back."""
-        self._pushes.discard(pushing)
-        del self._jobs[request_id]
+        del self._pushes[pushing]
+        job = self._jobs.pop(request_id)
         self._worker.engine.abort(request_id)
         self._worker.admit()
+        outcome: Outcome = "cancelled" if pushing.cancelled() else pushing.result()
+        self._on_transfer(job.push.report(outcome))

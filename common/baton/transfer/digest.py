@@ -7,7 +7,20 @@ from collections.abc import Iterable
 
 import xxhash
 
+from baton.errors import TransferRefused
 from baton.transfer.wire import PieceHeader
+
+_MISMATCH = "does not match its digest"
+
+
+def mismatch(header: PieceHeader) -> TransferRefused:
+    """The receiver's answer to a piece whose bytes changed on the way."""
+    return TransferRefused(f"piece {header.sequence} {_MISMATCH}")
+
+
+def is_mismatch(refusal: TransferRefused) -> bool:
+    """True for such an answer, which crosses the wire as its message: the same piece may be sent again."""
+    return refusal.message.endswith(_MISMATCH)
 
 
 def piece_digest(header: PieceHeader, payload: Iterable[memoryview]) -> bytes:

@@ -13,9 +13,13 @@ FREE       no byte can be written any more: the blocks may go back to the pool
 
 A piece is refused unless request, epoch, layers, blocks and size fit and it is the first of its kind. `open` and
 `close` come in pairs (transfer.base), which is how the hand-over knows whether a write may still land.
+
+A piece that does not match its digest is closed by `reject`: its place is free again and the sender may send the same
+piece once more, MAX_SENDS times in all. Nothing of a rejected piece counts, so VERIFIED needs its repeat.
 """
 
 import enum
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +27,8 @@ from baton.errors import TransferError, TransferRefused
 from baton.kv.layout import KVLayout
 from baton.request import BlockId, RequestId
 from baton.transfer.wire import PieceHeader
+
+MAX_SENDS = 3  # of one piece
 
 
 class State(enum.Enum):
@@ -75,6 +81,7 @@ class HandOver:
     closed_s: float | None = None
     _open: set[int] = field(default_factory=set)  # sequence numbers a transport writes now
     _taken: set[int] = field(default_factory=set)  # opened or done; a second one is a duplicate
+    _num_rejected: Counter[int] = field(default_factory=Counter)  # by sequence number
     _num_done: int = 0
     _num_pieces: int = 0  # known from the last piece on
     _filled: dict[int, int] = field(default_factory=dict)  # block index -> bit per layer, claimed by a piece
@@ -95,10 +102,7 @@ class HandOver:
 
     def close(self, header: PieceHeader, error: TransferError | None, now_s: float) -> None:
         """The piece is complete and its digest matched, or `error` says why it never will be."""
-        self._open.discard(header.sequence)
-        if self.state is State.DRAINING:
-            if not self._open:
-                self._move(State.FREE)
+        if self._closed_while_draining(header):
             return
         if error is not None:
             self.end(State.FAILED, error.message)
@@ -111,6 +115,25 @@ class HandOver:
             self.first_token = header.first_token
         if self._num_pieces and self._num_done == self._num_pieces:
             self._finish(now_s)
+
+    def reject(self, header: PieceHeader) -> None:
+        """All bytes of the piece came and they are not what the header promised. The lease is not renewed."""
+        if self._closed_while_draining(header):
+            return
+        self._num_rejected[header.sequence] += 1
+        if self._num_rejected[header.sequence] == MAX_SENDS:
+            self.end(State.FAILED, f"piece {header.sequence} did not match its digest {MAX_SENDS} times")
+            return
+        self._taken.discard(header.sequence)
+        self._unclaim(header)
+
+    def _closed_while_draining(self, header: PieceHeader) -> bool:
+        self._open.discard(header.sequence)
+        if self.state is not State.DRAINING:
+            return False
+        if not self._open:
+            self._move(State.FREE)
+        return True
 
     def _check(self, header: PieceHeader) -> None:
         if self.state not in (State.RESERVED, State.RECEIVING):
@@ -140,12 +163,18 @@ class HandOver:
             raise TransferRefused(f"piece {header.sequence} says it is the last of {header.num_pieces}")
 
     def _claim(self, header: PieceHeader) -> None:
-        bits = (1 << header.layer_end) - (1 << header.layer_start)
-        indices = range(header.block_start, header.block_start + header.num_blocks)
+        bits, indices = _place(header)
         if any(self._filled.get(index, 0) & bits for index in indices):
             raise TransferRefused("two pieces claim the same block and layer")
         for index in indices:
             self._filled[index] = self._filled.get(index, 0) | bits
+
+    def _unclaim(self, header: PieceHeader) -> None:
+        bits, indices = _place(header)
+        for index in indices:
+            self._filled[index] &= ~bits
+            if not self._filled[index]:
+                del self._filled[index]
 
     def _finish(self, now_s: float) -> None:
         everything = (1 << self.layout.num_layers) - 1
@@ -181,6 +210,10 @@ class HandOver:
         return True
 
     @property
+    def num_mismatches(self) -> int:
+        return self._num_rejected.total()
+
+    @property
     def num_open(self) -> int:
         return len(self._open)
 
@@ -191,3 +224,9 @@ class HandOver:
     def _move(self, to: State) -> None:
         assert to in TRANSITIONS[self.state], f"{self.state} -> {to}"
         self.state = to
+
+
+def _place(header: PieceHeader) -> tuple[int, range]:
+    """A bit per layer, and the indices of the blocks."""
+    bits = (1 << header.layer_end) - (1 << header.layer_start)
+    return bits, range(header.block_start, header.block_start + header.num_blocks)
