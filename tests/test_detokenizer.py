@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from baton.engine.detokenizer import REPLACEMENT, Delta, StopStrings, TextStream, TokenText
+from baton.engine.detokenizer import REPLACEMENT, StopStrings, TextStream, TokenText
 from baton.request import FinishReason
 
 WORDS = (
@@ -215,26 +215,28 @@ def _letters(stop: Sequence[str] = (), stop_ids: frozenset[int] = frozenset()) -
 
 def test_tokens_after_the_stop_string_are_dropped_however_many_come_at_once() -> None:
     stream = _letters(stop=["cd"])
-    assert stream.push((0, 1, 2), None) == Delta("ab", (0, 1, 2), None)
-    assert stream.push((3, 4, 5), FinishReason.LENGTH) == Delta("", (3,), FinishReason.STOP)
+    assert stream.push((0, 1, 2), None) == ("ab", (0, 1, 2), None)
+    assert stream.push((3, 4, 5), FinishReason.LENGTH) == ("", (3,), FinishReason.STOP)
 
 
 def test_held_text_is_flushed_when_the_request_ends() -> None:
     stream = _letters(stop=["cdz"])
-    assert stream.push((1, 2, 3), None).text == "b"
-    assert stream.push((), FinishReason.LENGTH) == Delta("cd", (), FinishReason.LENGTH)
+    assert stream.push((1, 2, 3), None)[0] == "b"
+    assert stream.push((), FinishReason.LENGTH) == ("cd", (), FinishReason.LENGTH)
 
 
 def test_the_token_that_ended_a_request_has_no_text() -> None:
-    assert _letters(stop_ids=frozenset([25])).push((0, 25), FinishReason.STOP).text == "a"
-    assert _letters(stop_ids=frozenset([25])).push((0, 25), FinishReason.LENGTH).text == "az"
-    assert _letters(stop=["q"], stop_ids=frozenset([26])).push((0, 26), FinishReason.STOP) == Delta(
-        "a", (0, 26), FinishReason.STOP
+    assert _letters(stop_ids=frozenset([25])).push((0, 25), FinishReason.STOP)[0] == "a"
+    assert _letters(stop_ids=frozenset([25])).push((0, 25), FinishReason.LENGTH)[0] == "az"
+    assert _letters(stop=["q"], stop_ids=frozenset([26])).push((0, 26), FinishReason.STOP) == (
+        "a",
+        (0, 26),
+        FinishReason.STOP,
     )
 
 
 def test_missing_bytes_at_the_end_become_a_replacement_character() -> None:
     tokenizer = byte_level()
     ids = tuple(tokenizer.encode("x🦜").ids)
-    text = TokenText(tokenizer).stream().push(ids[:3], FinishReason.LENGTH).text
+    text = TokenText(tokenizer).stream().push(ids[:3], FinishReason.LENGTH)[0]
     assert text == tokenizer.decode(ids[:3]) == "x" + REPLACEMENT

@@ -62,11 +62,11 @@ async def test_a_stop_string_ends_the_stream() -> None:
 
 async def test_a_seed_is_kept_or_drawn() -> None:
     service, generator, _ = _service("x", STOP)
-    for seed in (5, 0, 0):
+    for seed in (5, None, None, 0):
         await _chunks(service, replace(CALL, sampling=SamplingParams(seed=seed)))
     seeds = [request.sampling.seed for request in generator.requests]
-    assert seeds[0] == 5
-    assert len(set(seeds)) == 3
+    assert (seeds[0], seeds[3]) == (5, 0)
+    assert len(set(seeds)) == 4
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,7 @@ async def test_a_seed_is_kept_or_drawn() -> None:
         ({"sampling": SamplingParams(top_p=0)}, InvalidRequest, "top_p"),
         ({"sampling": SamplingParams(max_tokens=0)}, InvalidRequest, "max_tokens"),
         ({"sampling": SamplingParams(max_tokens=1000)}, RequestTooLarge, "prompt"),
+        ({"sampling": SamplingParams(min_p=0.5)}, InvalidRequest, "min_p"),
         ({"sampling": SamplingParams(stop=("",))}, InvalidRequest, "stop"),
         ({"sampling": SamplingParams(stop_token_ids=(VOCAB_SIZE,))}, InvalidRequest, "stop_token_ids"),
     ],

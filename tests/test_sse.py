@@ -9,7 +9,6 @@ import orjson
 import pytest
 from router_parts import EOS, LENGTH, MODEL, STOP, ScriptedFleet, ScriptedGenerator, Step, scripted_door
 
-from baton.engine.detokenizer import Delta
 from baton.errors import Cancelled, InternalError, WorkerLost
 from baton_router.app import create_app
 from baton_router.openai.sse import ChunkWriter, StreamFormat, until_disconnect
@@ -290,7 +289,7 @@ def test_chunks_hold_any_text() -> None:
         StreamFormat('id"\n', 1, "m\\ö", chat=True, include_usage=False, prompt_token_ids=None)
     )
     for text in ("", '"', "\\", "\n\r\t\0", "\u2028", "東京 👍🏽", "</s>", "data: [DONE]\n\n", "\ufffd"):
-        chunk = writer.first(Delta(text, (), STOP))
+        chunk = writer.first((text, (), STOP))
         *_, last = chunk.removesuffix(b"\n\n").split(b"\n\n")
         content = orjson.loads(last.removeprefix(b"data: "))
         assert content["choices"][0]["delta"]["content"] == text
@@ -306,7 +305,8 @@ async def _never() -> dict[str, Any]:
     raise AssertionError
 
 
-async def _at_once() -> dict[str, Any]:
+async def _soon() -> dict[str, Any]:
+    await asyncio.sleep(0.001)
     return {"type": "http.disconnect"}
 
 
@@ -335,5 +335,5 @@ async def test_work_has_cleaned_up_when_the_client_is_gone() -> None:
             steps.append("cleaned up")
 
     with pytest.raises(Cancelled):
-        await until_disconnect(_at_once, work())
+        await until_disconnect(_soon, work())
     assert steps == ["cleaned up"]

@@ -42,6 +42,8 @@ class ChatTemplate:
             self._template = _environment(clock).from_string(source)
         except jinja2.TemplateError as error:
             raise ConfigError(f"the model's chat template is not valid: {error}") from error
+        # jinja2 copies the globals for every rendering, and slowly where they are a ChainMap.
+        self._template.globals = dict(self._template.globals)
         self._special_tokens = dict(special_tokens)
         self._knows_developer = "developer" in source
         self._takes_parts = self._understands_parts()

@@ -1,10 +1,11 @@
 """The HTTP application and its server."""
 
 import asyncio
+import gc
 import logging
 import re
 import socket
-from collections.abc import Generator
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +14,8 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import baton
@@ -20,7 +23,7 @@ from baton.errors import BatonError, ConfigError, InvalidRequest
 from baton_router.fleet_view import FleetView
 from baton_router.front_door import FrontDoor
 from baton_router.openai.api import Api
-from baton_router.openai.errors import error_response, on_baton_error, on_bug, on_http_error
+from baton_router.openai.errors import error_response, on_error, response_to
 from baton_router.openai.sse import Exchange
 
 log = logging.getLogger(__name__)
@@ -29,27 +32,34 @@ MAX_BODY_BYTES = 32 * 2**20
 BACKLOG = 2048
 CLEAN_UP_S = 2.0  # for cancelled requests to say so
 REQUEST_ID = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")
+BAD_REQUEST_ID = InvalidRequest(
+    "x-request-id: must be 1 to 128 letters, digits or ._~:/+=@-", param="x-request-id"
+)
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def create_app(door: FrontDoor, fleet: FleetView, *, max_body_bytes: int = MAX_BODY_BYTES) -> "App":
+    api = Api(door, fleet, max_body_bytes=max_body_bytes)
     app = FastAPI(
         title="Baton",
         version=baton.__version__,
         description="An OpenAI-compatible API to a fleet of prefill and decode workers.",
         redirect_slashes=False,
     )
-    app.add_exception_handler(BatonError, on_baton_error)
-    app.add_exception_handler(HTTPException, on_http_error)
-    app.add_exception_handler(Exception, on_bug)
-    app.include_router(Api(door, fleet, max_body_bytes=max_body_bytes).routes())
-    return App(app, door)
+    for kind in (BatonError, HTTPException, Exception):
+        app.add_exception_handler(kind, on_error)
+    app.include_router(api.routes())
+    return App(app, api.answering(), door)
 
 
 class App:
-    """The outermost ASGI application: gives every exchange its id and counts how it ended."""
+    """The outermost ASGI application: gives every exchange its id, counts how it ended, and calls the endpoints
+    that answer prompts itself: FastAPI's stack would cost as much again as all the rest of a short request."""
 
-    def __init__(self, app: ASGIApp, door: FrontDoor) -> None:
+    def __init__(self, app: ASGIApp, answering: Mapping[str, Endpoint], door: FrontDoor) -> None:
         self._app = app
+        self._answering = answering
         self._door = door
 
     def cancel_all(self) -> None:
@@ -73,21 +83,31 @@ class App:
 
         try:
             if wanted is not None and not is_valid:
-                refused = InvalidRequest(
-                    "x-request-id: must be 1 to 128 letters, digits or ._~:/+=@-", param="x-request-id"
-                )
-                await error_response(refused)(scope, receive, send_with_id)
+                await error_response(BAD_REQUEST_ID)(scope, receive, send_with_id)
+            elif scope["method"] == "POST" and (endpoint := self._answering.get(scope["path"])) is not None:
+                await self._answer(endpoint, scope, receive, send_with_id)
             else:
                 await self._app(scope, receive, send_with_id)
         except Exception:  # answered already, with 500
             log.exception("request %s to %s failed", request_id, scope["path"])
         finally:
-            self._door.metrics.count(_endpoint(scope), exchange.status)
+            del scope[
+                "baton.exchange"
+            ]  # the server's `send` holds the scope: a cycle for the garbage collector
+            self._door.metrics.count(self._endpoint(scope), exchange.status)
 
+    async def _answer(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        try:
+            response = await endpoint(request)
+        except Exception as error:
+            response = response_to(request, error)
+        await response(scope, receive, send)
 
-def _endpoint(scope: Scope) -> str:
-    """The route, not the path: as many as there are in the code."""
-    return getattr(scope.get("route"), "path", "unknown")
+    def _endpoint(self, scope: Scope) -> str:
+        """The route, not the path: as many as there are in the code."""
+        path: str = scope["path"]
+        return path if path in self._answering else getattr(scope.get("route"), "path", "unknown")
 
 
 class HttpServer:
@@ -142,11 +162,20 @@ async def serve_http(app: App, host: str, port: int) -> HttpServer:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         backlog=BACKLOG,
     )
     server = HttpServer(app, _Server(config), _listen(host, port))
     await server.started()
     return server
+
+
+def tune_garbage_collector() -> None:
+    """For a process that serves and does little else, once it is set up: what is there now is not looked at again,
+    and what comes and goes with requests less often; reference counts free nearly all of it at once."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,13 +1,13 @@
 """What both front doors do with a request between its validation and its last token.
 
-    prompt + limits --> request(...) --> answer(request) --take()--> text and tokens --> aclose
+    prompt + limits --> request(...) --> answer(request) --tokens, read()--> text --> the context is left
 
 An `Answer` is open for as long as its client is there: closing it early cancels the request everywhere.
 """
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -156,7 +156,33 @@ class FrontDoor:
 
 
 class Answer:
-    """One request being answered. An async context manager with one reader; leaving it ends the request."""
+    """One request being answered: an async context, which ends the request when it is left, with one reader.
+
+        async with door.answer(request) as answer:
+            async for items in answer.tokens:
+                text, token_ids, finish_reason = answer.read(items)
+                if finish_reason is not None:
+                    break
+
+    Leaving it without a finish reason and without an error raises InternalError.
+    """
+
+    __slots__ = (
+        "_arrival_s",
+        "_door",
+        "_finished_s",
+        "_first_token_s",
+        "_text",
+        "_timeout_s",
+        "finish_reason",
+        "num_output_tokens",
+        "request",
+        "status",
+        "tokens",
+        "user",
+    )
+
+    tokens: AsyncGenerator[list[Tokens], None]
 
     def __init__(
         self, door: FrontDoor, request: Request, arrival_s: float, timeout_s: float, user: str | None
@@ -165,69 +191,60 @@ class Answer:
         self.user = user
         self.num_output_tokens = 0
         self.finish_reason: FinishReason | None = None
+        self.status = CLIENT_GONE  # as it is counted
         self._door = door
         self._arrival_s = arrival_s
         self._timeout_s = timeout_s
         self._first_token_s: float | None = None
         self._finished_s: float | None = None
-        self._error: BatonError | None = None
         self._text = door.token_text.stream(request.sampling.stop, request.stop_ids)
 
     async def __aenter__(self) -> Self:
         self.request = self._door.opened(self.request)
-        self._tokens = self._door.generator.generate(self.request, timeout_s=self._timeout_s)
+        self.tokens = self._door.generator.generate(self.request, timeout_s=self._timeout_s)
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if exc is None and self.finish_reason is None:
+            exc = InternalError("the tokens ended without a reason")
         try:
-            await self._tokens.aclose()
+            await self.tokens.aclose()
         finally:
+            if isinstance(exc, Exception):
+                self.status = exc.status if isinstance(exc, BatonError) else InternalError.status
+            elif exc is None:
+                self.status = 200
             self._door.closed(self)
+        if exc_type is None and exc is not None:
+            raise exc
 
-    async def take(self) -> Delta | None:
-        """What came since the last call, or None after the end. Raises what the generator raises."""
-        if self.finish_reason is not None:
-            return None
-        try:
-            delta = self._read(await anext(self._tokens))
-        except StopAsyncIteration:
-            self._error = InternalError("the tokens ended without a reason")
-            raise self._error from None
-        except BatonError as error:
-            self._error = error
-            raise
+    def read(self, items: list[Tokens]) -> Delta:
+        """The text of what came. Raises InternalError when the request ended, but not as it should."""
+        if len(items) == 1:
+            token_ids, finish_reason = items[0].token_ids, items[0].finish_reason
+        else:
+            token_ids = tuple([token_id for item in items for token_id in item.token_ids])
+            finish_reason = items[-1].finish_reason
+        delta = self._text.push(token_ids, finish_reason)
         if self._first_token_s is None:
             self._first_token_s = self._door.clock.now()
-        self.num_output_tokens += len(delta.token_ids)
-        if delta.finish_reason is not None:
-            self._finish(delta.finish_reason)
+        self.num_output_tokens += len(delta[1])
+        if delta[2] is not None:
+            self._finish(delta[2])
         return delta
 
-    def _read(self, items: list[Tokens]) -> Delta:
-        if len(items) == 1:
-            return self._text.push(items[0].token_ids, items[0].finish_reason)
-        token_ids = tuple([token_id for item in items for token_id in item.token_ids])
-        return self._text.push(token_ids, items[-1].finish_reason)
-
     def _finish(self, reason: FinishReason) -> None:
+        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            raise InternalError(f"the request ended early: {reason}")
         self.finish_reason = reason
         self._finished_s = self._door.clock.now()
-        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
-            self._error = InternalError(f"the request ended early: {reason}")
-            raise self._error
 
     @property
     def num_cached_tokens(self) -> int:
         record = self._door.generator.record(self.request.request_id)
         return max(record.num_cached_tokens_prefill, record.num_cached_tokens_decode) if record else 0
-
-    @property
-    def status(self) -> int:
-        if self._error is not None:
-            return self._error.status
-        return CLIENT_GONE if self.finish_reason is None else 200
 
     @property
     def ttft_s(self) -> float | None:

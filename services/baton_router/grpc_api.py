@@ -1,5 +1,6 @@
 """The Router service, for platform teams: the same requests as over HTTP, as typed streams."""
 
+import dataclasses
 import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -38,7 +39,6 @@ class RouterService:
         }
 
     async def generate(self, call: RouterGenerateCall) -> AsyncGenerator[GenerateChunk, None]:
-        """Seed 0, which an absent one looks like, is drawn."""
         status = CLIENT_GONE
         try:
             async with aclosing(self._generate(call)) as chunks:
@@ -61,12 +61,12 @@ class RouterService:
         )
         timeout_s = min(call.deadline_s, self._door.request_timeout_s)
         async with self._door.answer(request, arrival_s=arrival_s, timeout_s=timeout_s) as answer:
-            while True:
+            async for items in answer.tokens:
                 first_index = answer.num_output_tokens
-                delta = await answer.take()
-                if delta is None:
-                    return
-                yield GenerateChunk(first_index, delta.token_ids, delta.finish_reason, delta.text)
+                text, token_ids, finish_reason = answer.read(items)
+                yield GenerateChunk(first_index, token_ids, finish_reason, text)
+                if finish_reason is not None:
+                    break
 
     async def cancel(self, call: CancelCall) -> CancelResult:
         return CancelResult(self._door.generator.cancel(call.request_id))
@@ -96,18 +96,17 @@ class RouterService:
 
     def _sampling(self, asked: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
         """Held to the limits of the HTTP API."""
-        fields = validate(
-            SamplingFields,
-            {
-                "max_tokens": asked.max_tokens,
-                "temperature": asked.temperature,
-                "top_p": asked.top_p,
-                "top_k": asked.top_k,
-                "stop": list(asked.stop),
-                "stop_token_ids": list(asked.stop_token_ids),
-                "ignore_eos": asked.ignore_eos,
-            },
-        )
+        values = {field.name: getattr(asked, field.name) for field in dataclasses.fields(asked)}
+        known = {name: _as_json(values.pop(name)) for name in SamplingFields.model_fields}
+        for name, value in values.items():
+            if value != getattr(SamplingParams(), name):
+                raise InvalidRequest(f"{name}: not supported here", param=name)
+        known["seed"] = None  # any 64 bits are right
+        fields = validate(SamplingFields, known)
         self._door.check_stop_token_ids(asked.stop_token_ids)
         max_tokens = self._door.max_tokens(num_prompt_tokens, asked.max_tokens, None, "prompt")
-        return fields.sampling(max_tokens, drawn_seed=asked.seed or self._door.draw_seed())
+        return fields.sampling(max_tokens, self._door.draw_seed() if asked.seed is None else asked.seed)
+
+
+def _as_json(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value

@@ -16,7 +16,7 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from tokenizers import Tokenizer
 
@@ -37,10 +37,8 @@ class Detokenizer(Protocol):
         ...
 
 
-class Delta(NamedTuple):
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None
+# (text, the tokens that were used, why the request ended if it did). Plain, as one is made for every token.
+Delta: TypeAlias = tuple[str, tuple[int, ...], FinishReason | None]
 
 
 class TokenText:
@@ -61,6 +59,13 @@ class TokenText:
             return _PieceDetokenizer(self._tokenizer, self._pieces)
         return _WindowDetokenizer(self._tokenizer, self._special_ids)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to a text that has begun; b"" for special and unknown tokens."""
+        piece = self._bytes[token_id] if self.kind == "bytes" else self._pieces[token_id]
+        if isinstance(piece, int):
+            return bytes([piece])
+        return piece.encode() if isinstance(piece, str) else piece or b""
+
     def stream(self, stop: Sequence[str] = (), stop_ids: frozenset[int] = frozenset()) -> "TextStream":
         return TextStream(self.detokenizer(), stop, stop_ids)
 
@@ -68,6 +73,8 @@ class TokenText:
 class TextStream:
     """One request's output. A stop string ends the text before it, wherever token borders fall; the token
     that completed it is the last one counted. The token that ended a request (`stop_ids`) has no text."""
+
+    __slots__ = ("_detokenizer", "_stop", "_stop_ids")
 
     def __init__(self, detokenizer: Detokenizer, stop: Sequence[str], stop_ids: frozenset[int]) -> None:
         self._detokenizer = detokenizer
@@ -78,10 +85,10 @@ class TextStream:
         """The first finish reason returned, which a stop string may bring before the caller's, is the end."""
         if self._stop is not None:
             return self._push_until_stop(self._stop, token_ids, finish_reason)
-        text = self._detokenizer.push(self._visible(token_ids, finish_reason))
-        if finish_reason is not None:
-            text += self._detokenizer.finish()
-        return Delta(text, token_ids, finish_reason)
+        if finish_reason is None:
+            return self._detokenizer.push(token_ids), token_ids, None
+        text = self._detokenizer.push(self._visible(token_ids, finish_reason)) + self._detokenizer.finish()
+        return text, token_ids, finish_reason
 
     def _visible(self, token_ids: tuple[int, ...], finish_reason: FinishReason | None) -> tuple[int, ...]:
         ends = finish_reason is FinishReason.STOP and token_ids and token_ids[-1] in self._stop_ids
@@ -95,14 +102,14 @@ class TextStream:
             part, matched = stop.push(self._detokenizer.push((token_id,)))
             text += part
             if matched:
-                return Delta(text, token_ids[:num_used], FinishReason.STOP)
+                return text, token_ids[:num_used], FinishReason.STOP
         if finish_reason is not None:
             part, matched = stop.push(self._detokenizer.finish())
             text += part
             if matched:
-                return Delta(text, token_ids, FinishReason.STOP)
+                return text, token_ids, FinishReason.STOP
             text += stop.finish()
-        return Delta(text, token_ids, finish_reason)
+        return text, token_ids, finish_reason
 
 
 class StopStrings:
@@ -142,8 +149,9 @@ class StopStrings:
         return len(text)
 
 
-class _ByteTable(dict[int, bytes]):
-    """token id -> its bytes, none for special and unknown tokens; filled on first use."""
+class _ByteTable(dict[int, str | bytes]):
+    """token id -> its text, or its bytes where they are no text by themselves; "" for special and unknown
+    tokens; filled on first use."""
 
     def __init__(self, tokenizer: Tokenizer, special_ids: frozenset[int]) -> None:
         super().__init__()
@@ -151,10 +159,17 @@ class _ByteTable(dict[int, bytes]):
         self._special_ids = special_ids
         self._byte_of = _byte_of_character()
 
-    def __missing__(self, token_id: int) -> bytes:
+    def __missing__(self, token_id: int) -> str | bytes:
         token = None if token_id in self._special_ids else self._tokenizer.id_to_token(token_id)
-        self[token_id] = value = b"" if token is None else self._bytes_of(token)
+        self[token_id] = value = "" if token is None else self._piece(token)
         return value
+
+    def _piece(self, token: str) -> str | bytes:
+        value = self._bytes_of(token)
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
 
     def _bytes_of(self, token: str) -> bytes:
         try:
@@ -164,13 +179,23 @@ class _ByteTable(dict[int, bytes]):
 
 
 class _ByteLevelDetokenizer:
+    __slots__ = ("_decoder", "_is_between_characters", "_table")
+
     def __init__(self, table: _ByteTable) -> None:
         self._table = table
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_between_characters = True
 
     def push(self, token_ids: Sequence[int]) -> str:
-        table = self._table
-        return self._decoder.decode(b"".join([table[i] for i in token_ids]))
+        if len(token_ids) == 1 and self._is_between_characters:
+            piece = self._table[token_ids[0]]
+            if isinstance(piece, str):
+                return piece  # nearly always
+        pieces = [self._table[i] for i in token_ids]
+        data = b"".join([piece.encode() if isinstance(piece, str) else piece for piece in pieces])
+        text = self._decoder.decode(data)
+        self._is_between_characters = not self._decoder.getstate()[0]
+        return text
 
     def finish(self) -> str:
         return self._decoder.decode(b"", True)
@@ -200,6 +225,8 @@ class _PieceTable(dict[int, str | int | None]):
 
 
 class _PieceDetokenizer:
+    __slots__ = ("_head", "_run", "_table", "_tokenizer")
+
     def __init__(self, tokenizer: Tokenizer, table: _PieceTable) -> None:
         self._tokenizer = tokenizer
         self._table = table

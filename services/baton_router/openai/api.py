@@ -1,7 +1,7 @@
 """OpenAI's endpoints, and what operators ask a router: health, readiness, metrics, how a request was served."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import orjson
@@ -30,6 +30,10 @@ class Api:
         self._door = door
         self._fleet = fleet
         self._max_body_bytes = max_body_bytes
+
+    def answering(self) -> dict[str, Callable[[Request], Awaitable[Response]]]:
+        """path -> endpoint of the POSTs that clients wait for: called without FastAPI, which documents them."""
+        return {"/v1/chat/completions": self.chat_completions, "/v1/completions": self.completions}
 
     def routes(self) -> APIRouter:
         errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": schema.ErrorBody}}
@@ -198,10 +202,13 @@ async def _whole(opening: Answer, format_of: Callable[[BatonRequest], StreamForm
     texts: list[str] = []
     token_ids: list[int] = []
     async with opening as answer:
-        while (delta := await answer.take()) is not None:
-            texts.append(delta.text)
-            token_ids += delta.token_ids
-        usage = _usage(answer)
+        async for items in answer.tokens:
+            text, new_ids, finish_reason = answer.read(items)
+            texts.append(text)
+            token_ids += new_ids
+            if finish_reason is not None:
+                break
+    usage = _usage(answer)
     format = format_of(answer.request)
     content: dict[str, Any] = {"id": format.id, "created": format.created, "model": format.model}
     choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": answer.finish_reason}

@@ -12,6 +12,7 @@ from baton.errors import BatonError, InternalError
 
 log = logging.getLogger(__name__)
 
+BUG = InternalError("an error of ours; it is in the router's log")
 CODES = {
     404: "not_found",
     405: "method_not_allowed",
@@ -31,14 +32,8 @@ def error_response(error: BatonError) -> Response:
     return Response(error_body(error), error.status, headers, "application/json")
 
 
-async def on_baton_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, BatonError)
-    return error_response(error)
-
-
-async def on_http_error(request: Request, error: Exception) -> Response:
+def http_error_response(request: Request, error: HTTPException) -> Response:
     """Unknown routes and methods, and bodies that cannot be read."""
-    assert isinstance(error, HTTPException)
     detail = error.detail
     if error.status_code == 404 and detail == "Not Found":
         detail = f"there is no {request.url.path} here"
@@ -48,8 +43,18 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     return Response(body, error.status_code, error.headers, "application/json")
 
 
-async def on_bug(request: Request, error: Exception) -> Response:
-    return error_response(InternalError("an error of ours; it is in the router's log"))
+def response_to(request: Request, error: Exception) -> Response:
+    if isinstance(error, BatonError):
+        return error_response(error)
+    if isinstance(error, HTTPException):
+        return http_error_response(request, error)
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return error_response(BUG)
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    """FastAPI's handler of exceptions."""
+    return response_to(request, error)
 
 
 def _body(message: str, type_: str, param: str | None, code: str | None) -> bytes:

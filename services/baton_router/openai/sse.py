@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from baton.engine.detokenizer import Delta
-from baton.errors import BatonError, Cancelled, InternalError
+from baton.errors import BatonError, Cancelled
 from baton.request import Request
 from baton_router.front_door import CLIENT_GONE, Answer
-from baton_router.openai.errors import error_body, error_response
+from baton_router.openai.errors import BUG, error_body, response_to
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,17 @@ class StreamFormat:
 class ChunkWriter:
     """Deltas to the bytes of events."""
 
+    __slots__ = (
+        "_after_text",
+        "_before_text",
+        "_end",
+        "_format",
+        "_opening",
+        "_tail",
+        "_usage_null",
+        "_with_token_ids",
+    )
+
     def __init__(self, format: StreamFormat) -> None:
         self._format = format
         kind = "chat.completion.chunk" if format.chat else "text_completion"
@@ -87,15 +99,17 @@ class ChunkWriter:
 
     def chunk(self, delta: Delta) -> bytes:
         """b"" when there is nothing to say."""
-        if delta.finish_reason is None and not self._with_token_ids:
-            return self._before_text + orjson.dumps(delta.text) + self._tail if delta.text else b""
+        text, _, finish_reason = delta
+        if finish_reason is None and not self._with_token_ids:
+            return self._before_text + orjson.dumps(text) + self._tail if text else b""
         return self._chunk(delta)
 
     def _chunk(self, delta: Delta, extra: bytes = b"") -> bytes:
+        text, token_ids, finish_reason = delta
         if self._with_token_ids:
-            extra += b',"token_ids":' + orjson.dumps(delta.token_ids)
-        text, reason = orjson.dumps(delta.text), orjson.dumps(delta.finish_reason)
-        return b"".join((self._before_text, text, self._after_text, reason, extra, self._end))
+            extra += b',"token_ids":' + orjson.dumps(token_ids)
+        choice = (self._before_text, orjson.dumps(text), self._after_text, orjson.dumps(finish_reason), extra)
+        return b"".join(choice) + self._end
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         if not self._format.include_usage:
@@ -125,54 +139,71 @@ class EventStream(Response):
             exchange.status = CLIENT_GONE
 
     async def _run(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._open_answer() as answer:
-            try:
-                first = await answer.take()
-            except BatonError as error:
-                await error_response(error)(scope, receive, send)
+        has_begun, has_ended = False, False
+        try:
+            async with self._open_answer() as answer:
+                writer = ChunkWriter(self._format_of(answer.request))
+                async for items in answer.tokens:
+                    delta = answer.read(items)
+                    if has_begun:
+                        chunk = writer.chunk(delta)
+                    else:
+                        has_begun = True
+                        await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS]})
+                        chunk = writer.first(delta)
+                    if delta[2] is not None:
+                        has_ended = True
+                        chunk += writer.usage(self._usage(answer)) + DONE
+                        await exchange.send({"type": "http.response.body", "body": chunk, "more_body": False})
+                        break
+                    if chunk:
+                        await exchange.send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except Exception as error:
+            if not has_begun:
+                await response_to(HttpRequest(scope), error)(scope, receive, send)
                 return
-            assert first is not None
-            await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS]})
-            try:
-                await self._stream(answer, first, exchange.send)
-            except BatonError as error:
-                await self._fail(error, exchange)
-            except Exception:
-                log.exception("the stream of request %s failed", answer.request.request_id)
-                await self._fail(InternalError("an error of ours; it is in the router's log"), exchange)
+            if not isinstance(error, BatonError):
+                log.exception("the stream of request %s failed", exchange.request_id)
+                error = BUG
+            if not has_ended:
+                exchange.status = error.status
+                await exchange.send(
+                    {"type": "http.response.body", "body": error_events(error), "more_body": False}
+                )
 
-    async def _stream(self, answer: Answer, first: Delta, send: Send) -> None:
-        writer = ChunkWriter(self._format_of(answer.request))
-        chunk = writer.first(first)
-        while answer.finish_reason is None:
-            if chunk:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            delta = await answer.take()
-            assert delta is not None
-            chunk = writer.chunk(delta)
-        last = chunk + writer.usage(self._usage(answer)) + DONE
-        await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _fail(self, error: BatonError, exchange: Exchange) -> None:
-        exchange.status = error.status
-        event = b"data: " + error_body(error) + b"\n\n"
-        await exchange.send({"type": "http.response.body", "body": event + DONE, "more_body": False})
+def error_events(error: BatonError) -> bytes:
+    return b"data: " + error_body(error) + b"\n\n" + DONE
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, or Cancelled when the client goes first; `work` has ended by then, cancelled."""
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_disconnect(receive))
+    """The result of `work`, or Cancelled when the client goes first; `work` has ended by then, cancelled.
+
+    `work` gets a task of its own: each token wakes it, and not the frames of everything around it.
+    """
+    is_waiting = True
+
+    def stop_waiting(_: asyncio.Task[T]) -> None:
+        if is_waiting:
+            waiting.reschedule(0.0)
+
+    working = asyncio.create_task(work)
     try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        watching.result()
-        raise Cancelled("the client went away")
+        async with asyncio.timeout(None) as waiting:
+            working.add_done_callback(stop_waiting)
+            try:
+                await _disconnect(receive)
+            finally:
+                is_waiting = False
+    except TimeoutError:
+        return await working
     finally:
-        working.cancel()
-        watching.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
+        if not working.done():
+            working.cancel()
+            await asyncio.wait((working,))
+    if not working.cancelled() and working.exception() is None:
+        return working.result()
+    raise Cancelled("the client went away")
 
 
 async def _disconnect(receive: Receive) -> None:
