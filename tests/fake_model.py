@@ -51,6 +51,7 @@ class FakeRunner:
         self.storage = FakeStorage(num_blocks, block_size)
         self.vocab_size = VOCAB_SIZE
         self.max_model_len = max_model_len
+        self.grammars = None
         self.gate: asyncio.Event | None = None
         self.started = asyncio.Event()
         self.failure: Exception | None = None

@@ -24,7 +24,15 @@ from google.protobuf.message_factory import GetMessageClass
 
 from baton import messages as m
 from baton.errors import BatonError, InternalError, InvalidRequest, from_code
-from baton.request import FinishReason, Request, SamplingParams
+from baton.request import (
+    FinishReason,
+    Grammar,
+    Request,
+    SamplingParams,
+    TokenBias,
+    TokenLogprobs,
+    TokenSequence,
+)
 from baton.v1 import (
     decode_pb2,
     error_pb2,
@@ -255,6 +263,7 @@ class _StepPlan(_Plan):
 
     def __init__(self, message_class: type) -> None:
         self._load = _plan(m.Load)
+        self._logprobs = _plan(TokenLogprobs)
         self._numbers = _enum_numbers(FinishReason, request_pb2.FinishReason.DESCRIPTOR)
         self._reason = _look_up({number: reason for reason, number in self._numbers.items()})
 
@@ -267,6 +276,8 @@ class _StepPlan(_Plan):
             "finished_handles": [handle for handle, _ in message.finished],
             "finished_reasons": [self._numbers[reason] for _, reason in message.finished],
             "load": self._load.to_pb(message.load),
+            "logprob_rows": message.logprob_rows,
+            "logprobs": [self._logprobs.to_pb(each) for each in message.logprobs],
         }
 
     def from_pb(self, pb: Any) -> m.Step:
@@ -277,7 +288,24 @@ class _StepPlan(_Plan):
         if sum(num_tokens) != len(token_ids):
             raise _BadFieldError(f"{len(token_ids)} where the rows have {sum(num_tokens)}", "token_ids")
         finished, load = self._finished(pb), self._read_load(pb.load)
-        return m.Step(handles, first_index, num_tokens, token_ids, finished, load)
+        if not pb.logprob_rows:
+            return m.Step(handles, first_index, num_tokens, token_ids, finished, load)
+        return m.Step(
+            handles, first_index, num_tokens, token_ids, finished, load, *self._of_rows(pb, num_tokens)
+        )
+
+    def _of_rows(
+        self, pb: Any, num_tokens: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]:
+        rows = _column(pb.logprob_rows)
+        if max(rows) >= len(num_tokens):
+            raise _BadFieldError(f"there is no row {max(rows)}", "logprob_rows")
+        if sum(num_tokens[row] for row in rows) != len(pb.logprobs):
+            raise _BadFieldError(f"{len(pb.logprobs)} are not one per token of their rows", "logprobs")
+        try:
+            return rows, tuple(map(self._logprobs.from_pb, pb.logprobs))
+        except _BadFieldError as error:
+            raise error.inside("logprobs") from None
 
     def _finished(self, pb: Any) -> tuple[tuple[int, FinishReason], ...]:
         if len(pb.finished_handles) != len(pb.finished_reasons):
@@ -311,6 +339,10 @@ def _plan(message_class: type) -> _Plan:
 _WRITTEN_OUT: Mapping[type, type[_Plan]] = {m.Step: _StepPlan, m.RouterGenerateCall: _RouterGeneratePlan}
 
 PROTOS: Mapping[type, type[Message]] = {
+    TokenBias: request_pb2.TokenBias,
+    TokenSequence: request_pb2.TokenSequence,
+    TokenLogprobs: request_pb2.TokenLogprobs,
+    Grammar: request_pb2.Grammar,
     SamplingParams: request_pb2.SamplingParams,
     Request: request_pb2.Request,
     m.GenerateChunk: request_pb2.GenerateChunk,

@@ -4,7 +4,7 @@ the in-process RPC hands them over as they are, so all of them are immutable."""
 import enum
 from dataclasses import dataclass, field
 
-from baton.request import FinishReason, Request, RequestId, SamplingParams, WorkerId
+from baton.request import FinishReason, Request, RequestId, SamplingParams, TokenLogprobs, WorkerId
 
 
 class Role(enum.StrEnum):
@@ -98,6 +98,7 @@ class Step:
 
     Row i carries tokens `first_index[i] ... first_index[i] + num_tokens[i] - 1` of request `handles[i]`, counted from
     the first generated token; `token_ids` holds all rows one after another. `finished` lists (handle, reason).
+    `logprobs` has one entry per token of the rows in `logprob_rows`, those of requests that asked for them.
     """
 
     handles: tuple[int, ...]
@@ -106,6 +107,8 @@ class Step:
     token_ids: tuple[int, ...]
     finished: tuple[tuple[int, FinishReason], ...]
     load: Load
+    logprob_rows: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,7 @@ class PrefillResult:
     queue_s: float
     prefill_s: float
     load: Load
+    logprobs: TokenLogprobs | None = None  # where the request asked for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +176,7 @@ class GenerateChunk:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     text: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token where the request asked for them
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,35 @@ class FinishReason(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenBias:
+    token_id: int
+    bias: float  # added to the token's logit
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    token_ids: tuple[int, ...]
+
+
+class GrammarKind(enum.StrEnum):
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"  # or GBNF
+    CHOICE = "choice"  # a JSON list of strings
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the whole answer has to match."""
+
+    kind: GrammarKind
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Sampling is a pure function of (seed, position): no state beyond these fields and the tokens themselves.
+    """Sampling is a pure function of (seed, position, tokens so far): no state beyond these fields and the tokens
+    themselves.
 
     temperature 0 is greedy. top_k 0 means all tokens. Stop strings are matched on text, in the router;
     the engine sees `stop_token_ids` only (EOS is added by the request unless `ignore_eos`).
@@ -28,10 +55,29 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    seed: int = 0  # 64 bit; the router draws one where the user gave none
+    seed: int | None = None  # 64 bit; the router draws one where the user gave none, a worker takes 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0  # relative to the most likely token's probability
+    presence_penalty: float = 0.0  # these two count generated tokens
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0  # this one counts the prompt's, too
+    logit_bias: tuple[TokenBias, ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()  # () means all
+    bad_words: tuple[TokenSequence, ...] = ()  # sequences that the generated tokens never contain
+    min_tokens: int = 0  # neither stop tokens nor stop strings end the answer before
+    logprobs: int | None = None  # of the drawn token and of that many most likely ones; None: not wanted
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Of one generated token: what the model said, before penalties, masks and temperature."""
+
+    logprob: float
+    top_token_ids: tuple[int, ...] = ()  # most likely first
+    top_logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,7 @@ class FakeModelRunner:
         self.storage = storage
         self.vocab_size = VOCAB_SIZE
         self.max_model_len = max_model_len
+        self.grammars = None
         self._clock = clock
         self._speed = speed
 

@@ -94,7 +94,7 @@ class DecodeService:
                 row = await rows.get()
                 if row.finish_reason is FinishReason.ERROR:
                     raise InternalError(f"the engine failed on {call.request.request_id}")
-                yield GenerateChunk(row.first_index, row.token_ids, row.finish_reason)
+                yield GenerateChunk(row.first_index, row.token_ids, row.finish_reason, logprobs=row.logprobs)
                 if row.finish_reason is not None:
                     return
         finally:
@@ -282,6 +282,8 @@ class _Session:
                 token_ids=tuple(token for _, row in told for token in row.token_ids),
                 finished=tuple((job.handle, row.finish_reason) for job, row in told if row.finish_reason),
                 load=self._worker.engine.load(),
+                logprob_rows=tuple(i for i, (_, row) in enumerate(told) if row.logprobs),
+                logprobs=tuple(each for _, row in told for each in row.logprobs),
             )
         )
         for job, row in told:

@@ -109,6 +109,7 @@ class PrefillService:
         token_id, finish_reason = await job.done
         now = self._clock.now()
         first_step_s = job.first_step_s or now
+        state = sequence.sampling_state if sequence is not None else None
         return PrefillResult(
             token_id=token_id,
             finish_reason=finish_reason,
@@ -116,6 +117,7 @@ class PrefillService:
             queue_s=first_step_s - job.started_s,
             prefill_s=now - first_step_s,
             load=self._worker.engine.load(),
+            logprobs=state.logprobs if state is not None else None,
         )
 
     def _check(self, ticket: Ticket) -> None:

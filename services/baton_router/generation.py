@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from baton.errors import BatonError
-from baton.request import FinishReason, Request
+from baton.request import FinishReason, Request, TokenLogprobs
 
 
 class Tokens(NamedTuple):
     first_index: int  # of these among all generated tokens, from 0
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token where the request asked for them
 
 
 @dataclass(slots=True)

@@ -126,7 +126,8 @@ class Pipeline:
             call = PrefillCall(request, ticket, min(timeout_s, self._config.prefill_timeout_s))
             result = await _while_alive(attempt, prefill.prefill(call, call.deadline_s))
             record.num_cached_tokens_prefill = result.num_cached_tokens
-            stream.push(Tokens(0, (result.token_id,), result.finish_reason))
+            logprobs = (result.logprobs,) if result.logprobs is not None else ()
+            stream.push(Tokens(0, (result.token_id,), result.finish_reason, logprobs))
             if result.finish_reason is not None:
                 return
             prefill.depend(attempt)

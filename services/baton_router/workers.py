@@ -32,7 +32,7 @@ from baton.messages import (
     Ticket,
     WorkerRecord,
 )
-from baton.request import FinishReason, Request
+from baton.request import FinishReason, Request, TokenLogprobs
 from baton.rpc import PREFILL, SESSION, STATUS_WATCH, Rpc
 from baton_router.generation import Tokens, TokenStream
 
@@ -59,12 +59,19 @@ class Attempt:
         for tokens in held:
             self._stream.push(tokens)
 
-    def tokens(self, first_index: int, token_ids: tuple[int, ...], reason: FinishReason | None) -> None:
+    def tokens(
+        self,
+        first_index: int,
+        token_ids: tuple[int, ...],
+        reason: FinishReason | None,
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> None:
         if first_index > self._next_index:
             self.fail(InternalError(f"tokens {self._next_index} to {first_index - 1} are missing"))
             return
-        token_ids = token_ids[self._next_index - first_index :]
-        tokens = Tokens(self._next_index, token_ids, reason)
+        num_known = self._next_index - first_index
+        token_ids = token_ids[num_known:]
+        tokens = Tokens(self._next_index, token_ids, reason, logprobs[num_known:])
         self._next_index += len(token_ids)
         if self._held is None:
             self._stream.push(tokens)
@@ -161,12 +168,13 @@ class Session:
 
     def _step(self, step: Step) -> None:
         reasons = dict(step.finished)
+        logprobs = _logprobs(step)
         start = 0
         for handle, first_index, num in zip(step.handles, step.first_index, step.num_tokens, strict=True):
             token_ids = step.token_ids[start : start + num]
             start += num
             if (attempt := self._attempts.get(handle)) is not None:
-                attempt.tokens(first_index, token_ids, reasons.get(handle))
+                attempt.tokens(first_index, token_ids, reasons.get(handle), logprobs.get(handle, ()))
         for handle, reason in step.finished:
             if (attempt := self._attempts.pop(handle, None)) is None:
                 continue
@@ -174,6 +182,16 @@ class Session:
                 attempt.fail(InternalError(f"the engine failed on {attempt.request.request_id}"))
             else:
                 attempt.finish(reason)
+
+
+def _logprobs(step: Step) -> dict[int, tuple[TokenLogprobs, ...]]:
+    """By handle."""
+    found, start = {}, 0
+    for row in step.logprob_rows:
+        end = start + step.num_tokens[row]
+        found[step.handles[row]] = step.logprobs[start:end]
+        start = end
+    return found
 
 
 class Link:

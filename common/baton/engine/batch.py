@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from baton.engine.sampling_state import Matcher, SamplingState
 from baton.kv.block import BlockHash, num_blocks_for
 from baton.kv.layout import BlockStorage
-from baton.request import BlockId, FinishReason, Request, RequestId, SamplingParams
+from baton.request import BlockId, FinishReason, Grammar, Request, RequestId, SamplingParams, TokenLogprobs
 
 
 class SequenceStatus(enum.Enum):
@@ -40,6 +41,7 @@ class Sequence:
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when admitted
     block_table: list[BlockId] = field(default_factory=list)
     block_hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks known so far
+    sampling_state: SamplingState | None = None  # where its parameters need one
     finish_reason: FinishReason | None = None
     in_flight: bool = (
         False  # part of the step that runs now: its blocks must not be given back before it ends
@@ -76,6 +78,7 @@ class BatchRow:
     block_table: tuple[BlockId, ...]  # covers start + len(token_ids) positions
     sample: bool
     sampling: SamplingParams
+    state: SamplingState | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,12 @@ class Batch:
         return sum(len(row.token_ids) for row in self.rows)
 
 
+class Grammars(Protocol):
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """Raises InvalidRequest."""
+        ...
+
+
 class ModelRunner(Protocol):
     """Runs batches on one device. One at a time: the engine awaits `execute` before it calls it again."""
 
@@ -114,10 +123,16 @@ class ModelRunner(Protocol):
         """What the model's positions allow."""
         ...
 
+    @property
+    def grammars(self) -> Grammars | None:
+        """None: requests with a grammar are refused."""
+        ...
+
     async def execute(self, batch: Batch) -> tuple[int, ...]:
-        """One token per row with `sample`, in row order; -1 where the logits are NaN: that request fails, the others
-        go on. Must not be abandoned half-way: when the awaiting task is cancelled it still waits for the device,
-        because the step writes to the pool."""
+        """One token per row with `sample`, in row order; negative where there is none, because the logits are NaN or
+        the request allows no token: that request fails, the others go on. Log probabilities go to the rows' states.
+        Must not be abandoned half-way: when the awaiting task is cancelled it still waits for the device, because
+        the step writes to the pool."""
         ...
 
     async def aclose(self) -> None: ...
@@ -133,6 +148,7 @@ class SequenceOutput:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     error: str = ""  # why, where finish_reason is ERROR
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token where the request asked for them
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ Blocks have one owner at any time, and go back when the last one who reads or wr
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Iterator
 
 from baton.clock import Clock
@@ -31,14 +30,18 @@ from baton.engine.batch import (
     StepOutput,
 )
 from baton.engine.rates import StepRates
+from baton.engine.sampling_state import SamplingState, check_sampling, needs_state
 from baton.engine.scheduler import ScheduledRow, Scheduler
-from baton.errors import ConfigError, InvalidRequest, Overloaded, RequestTooLarge
+from baton.errors import BatonError, ConfigError, InvalidRequest, Overloaded, RequestTooLarge
 from baton.kv.block import BlockHash
 from baton.kv.cache_manager import KVCacheManager
 from baton.messages import Load
-from baton.request import FinishReason, Request, RequestId, SamplingParams
+from baton.request import FinishReason, Request, RequestId, TokenLogprobs
 
 _log = logging.getLogger(__name__)
+
+# What a runner gives in place of a token.
+_NO_TOKEN = {-1: "the model's logits are not numbers", -2: "the request's own limits allow no further token"}
 
 
 class Engine:
@@ -216,6 +219,7 @@ class Engine:
             remote=remote,
             prefill_only=prefill_only,
             token_ids=list(request.prompt_token_ids),
+            sampling_state=self._sampling_state(request),
             arrival_s=self._clock.now(),
         )
         self._sequences[request.request_id] = sequence
@@ -240,11 +244,20 @@ class Engine:
                 f"{self.max_model_len}",
                 param="prompt",
             )
-        _check_sampling(request.sampling)
+        check_sampling(request.sampling, self._runner.vocab_size)
         if len(self._scheduler.waiting) >= self._config.max_num_waiting:
             raise Overloaded(
                 f"{len(self._scheduler.waiting)} requests are waiting already", retry_after_s=self._queue_s()
             )
+
+    def _sampling_state(self, request: Request) -> SamplingState | None:
+        if not needs_state(request.sampling):
+            return None
+        grammar, grammars = request.sampling.grammar, self._runner.grammars
+        if grammar is not None and grammars is None:
+            raise InvalidRequest("this worker has no grammars", param="grammar")
+        matcher = None if grammar is None or grammars is None else grammars.matcher(grammar)
+        return SamplingState(request, self._runner.vocab_size, matcher)
 
     def _queue_s(self) -> float:
         load = self.load()
@@ -301,9 +314,15 @@ class Engine:
             if error is not None:
                 yield self._fail(sequence, f"{type(error).__name__}: {error}")
             elif token is not None and token < 0:
-                yield self._fail(sequence, "the model's logits are not numbers")
+                yield self._fail(sequence, _NO_TOKEN[token])
             else:
-                yield self._advance(sequence, num_tokens, token)
+                yield self._advance_or_fail(sequence, num_tokens, token)
+
+    def _advance_or_fail(self, sequence: Sequence, num_tokens: int, token: int | None) -> SequenceOutput:
+        try:
+            return self._advance(sequence, num_tokens, token)
+        except BatonError as error:  # a grammar that can go no further
+            return self._fail(sequence, error.message)
 
     def _advance(self, sequence: Sequence, num_tokens: int, token: int | None) -> SequenceOutput:
         self._kv.commit(sequence, sequence.num_computed_tokens + num_tokens)
@@ -316,13 +335,20 @@ class Engine:
                 self._drop(sequence)
         new_tokens = () if token is None else (token,)
         return SequenceOutput(
-            sequence.request_id, num_computed_tokens, first_index, new_tokens, sequence.finish_reason
+            sequence.request_id,
+            num_computed_tokens,
+            first_index,
+            new_tokens,
+            sequence.finish_reason,
+            logprobs=_logprobs(sequence) if new_tokens else (),
         )
 
     def _append(self, sequence: Sequence, token: int) -> None:
         sequence.token_ids.append(token)
-        request = sequence.request
-        if token in request.stop_ids:
+        request, state = sequence.request, sequence.sampling_state
+        if state is not None:
+            state.append(token)
+        if token in request.stop_ids or (state is not None and state.has_ended):
             sequence.finish_reason = FinishReason.STOP
         elif len(sequence.token_ids) >= min(
             self.max_model_len, request.num_prompt_tokens + request.sampling.max_tokens
@@ -360,16 +386,10 @@ def _batch_row(row: ScheduledRow) -> BatchRow:
         tuple(sequence.block_table),
         end == len(sequence.token_ids),
         sequence.request.sampling,
+        sequence.sampling_state,
     )
 
 
-def _check_sampling(sampling: SamplingParams) -> None:
-    """Raises InvalidRequest for values that no sampler can honour."""
-    if sampling.max_tokens < 1:
-        raise InvalidRequest("max_tokens must be at least 1", param="max_tokens")
-    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
-        raise InvalidRequest("temperature must be 0 or more", param="temperature")
-    if not 0 < sampling.top_p <= 1:
-        raise InvalidRequest("top_p must be above 0 and at most 1", param="top_p")
-    if sampling.top_k < 0:
-        raise InvalidRequest("top_k must be 0 (all tokens) or more", param="top_k")
+def _logprobs(sequence: Sequence) -> tuple[TokenLogprobs, ...]:
+    state = sequence.sampling_state
+    return () if state is None or state.logprobs is None else (state.logprobs,)

@@ -5,8 +5,10 @@ a hash of these three, argmax(logits / temperature + g) is a draw from the softm
 sequence gets the same tokens alone or in any batch, after preemption, and on another worker that takes it
 over.
 
-    kept = the top_k most likely tokens, then of these the fewest that together reach top_p; ties are kept as
-    one
+    kept = the top_k most likely tokens, then of these the fewest that together reach top_p, then of these those
+    that are at least min_p times as likely as the best; ties are kept as one
+
+Penalties, biases, masks and grammars come first, see `penalties`. Log probabilities are the model's own.
 """
 
 import math
@@ -15,7 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from baton.request import SamplingParams
+from baton.engine.penalties import adjust
+from baton.engine.sampling_state import SamplingState
+from baton.request import SamplingParams, TokenLogprobs
 
 # Noise for a whole vocabulary costs more than the rest. Nearly always only the most likely tokens can be
 # drawn.
@@ -25,11 +29,41 @@ _MAX_NOISE = 32 * math.log(2) + 1e-3  # see `gumbel`: of the smallest uniform nu
 _MASK64 = 2**64 - 1
 
 
-def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
-    """logits [R, V]; positions: index of the new token in its sequence, prompt included. -1 where logits are
-    NaN."""
+NO_NUMBER = -1  # in place of a token: the model's logits are not finite
+NOTHING_ALLOWED = -2  # the request's masks leave no token
+
+# Of a token whose probability is 0, as at OpenAI.
+_LEAST_LOGPROB = -9999.0
+
+
+def sample(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    states: Sequence[SamplingState | None] = (),
+) -> list[int]:
+    """logits [R, V], which may be changed; positions: index of the new token in its sequence, prompt included.
+    `states` of those sequences that have one get the token's log probabilities where they are wanted."""
+    stateful = [(row, state) for row, state in enumerate(states) if state is not None]
+    wanted = [(row, state) for row, state in stateful if state.params.logprobs is not None]
+    said = logits[[row for row, _ in wanted]].float() if wanted else logits[:0]  # before it is changed
+    finite = None
+    if stateful:
+        finite = logits.max(dim=-1).values.isfinite()
+        logits = logits.float()
+        adjust(logits, stateful)
+    tokens = _sample(logits, params, positions)
+    if finite is not None:
+        tokens = torch.where(finite | (tokens >= 0), tokens, NO_NUMBER)
+        tokens = torch.where(finite & (tokens < 0), NOTHING_ALLOWED, tokens)
+    drawn = tokens.tolist()
+    _note_logprobs(said, [(drawn[row], state) for row, state in wanted])
+    return drawn
+
+
+def _sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
     best = logits.max(dim=-1)  # NaN if any is
-    tokens = best.indices.masked_fill(~best.values.isfinite(), -1)
+    tokens = best.indices.masked_fill(~best.values.isfinite(), NO_NUMBER)
     drawn = [row for row, param in enumerate(params) if param.temperature > 0]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
@@ -38,19 +72,33 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence
             scaled,
             _column([params[r].top_k or logits.shape[-1] for r in drawn], logits, torch.int64),
             _column([params[r].top_p for r in drawn], logits),
-            _keys([(params[r].seed, positions[r]) for r in drawn]).to(logits.device),
+            _column([math.log(params[r].min_p) if params[r].min_p else -math.inf for r in drawn], logits),
+            _keys([(params[r].seed or 0, positions[r]) for r in drawn]).to(logits.device),
         )
         tokens[rows] = torch.where(tokens[rows] < 0, tokens[rows], new)
-    return tokens.tolist()
+    return tokens
 
 
-def _draw(scaled: Tensor, top_k: Tensor, top_p: Tensor, keys: Tensor) -> Tensor:
-    """scaled [R, V], top_k, top_p [R, 1], keys [R, 2] -> [R]."""
+def _note_logprobs(logits: Tensor, rows: Sequence[tuple[int, SamplingState]]) -> None:
+    """logits [len(rows), V] float32."""
+    for row, (token, state) in zip(logits, rows, strict=True):
+        state.logprobs = None
+        if token >= 0:
+            log_probs = row.log_softmax(-1).clamp_(min=_LEAST_LOGPROB)
+            top = log_probs.topk(min(state.params.logprobs or 0, len(row)))
+            state.logprobs = TokenLogprobs(
+                float(log_probs[token]), tuple(top.indices.tolist()), tuple(top.values.tolist())
+            )
+
+
+def _draw(scaled: Tensor, top_k: Tensor, top_p: Tensor, log_min_p: Tensor, keys: Tensor) -> Tensor:
+    """scaled [R, V], top_k, top_p, log_min_p [R, 1], keys [R, 2] -> [R]."""
     num_tokens = scaled.shape[-1]
     if num_tokens <= 2 * _NUM_CANDIDATES:
-        return _draw_from_all(scaled, top_k, top_p, keys)
+        return _draw_from_all(scaled, top_k, top_p, log_min_p, keys)
     values, ids = scaled.topk(_NUM_CANDIDATES)  # [R, C], best first
     threshold = _threshold(values, scaled.logsumexp(-1, keepdim=True), top_k, top_p)
+    threshold = torch.maximum(threshold, values[:, :1] + log_min_p)
     winner = (values.masked_fill(values < threshold, -torch.inf) + gumbel(keys, ids)).max(-1, keepdim=True)
     tokens = ids.gather(-1, winner.indices)[:, 0]
 
@@ -61,16 +109,18 @@ def _draw(scaled: Tensor, top_k: Tensor, top_p: Tensor, keys: Tensor) -> Tensor:
     unknown = (top_k > _NUM_CANDIDATES) & (top_k < num_tokens) & (top_p < 1)
     rows = (reachable | unknown)[:, 0].nonzero()[:, 0]
     if len(rows):
-        tokens[rows] = _draw_from_all(scaled[rows], top_k[rows], top_p[rows], keys[rows])
+        tokens[rows] = _draw_from_all(scaled[rows], top_k[rows], top_p[rows], log_min_p[rows], keys[rows])
     return tokens
 
 
-def _draw_from_all(scaled: Tensor, top_k: Tensor, top_p: Tensor, keys: Tensor) -> Tensor:
+def _draw_from_all(scaled: Tensor, top_k: Tensor, top_p: Tensor, log_min_p: Tensor, keys: Tensor) -> Tensor:
     num_tokens = scaled.shape[-1]
+    threshold = scaled.max(-1, keepdim=True).values + log_min_p
     if bool(((top_k < num_tokens) | (top_p < 1)).any()):
         ordered = scaled.sort(dim=-1, descending=True).values
-        threshold = _threshold(ordered, scaled.logsumexp(-1, keepdim=True), top_k, top_p)
-        scaled = scaled.masked_fill(scaled < threshold, -torch.inf)
+        by_rank = _threshold(ordered, scaled.logsumexp(-1, keepdim=True), top_k, top_p)
+        threshold = torch.maximum(threshold, by_rank)
+    scaled = scaled.masked_fill(scaled < threshold, -torch.inf)
     return (scaled + gumbel(keys, torch.arange(num_tokens, device=scaled.device))).argmax(dim=-1)
 
 
