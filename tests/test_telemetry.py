@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from baton.config import LogConfig
 from baton.errors import ConfigError
 from baton.telemetry import WorkerMetrics, configure_logging, event, serve_metrics, wants_color
+from baton.transfer.report import TransferReport
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +84,9 @@ def test_worker_metrics_read_as_they_were_set() -> None:
     metrics.set_blocks(used=3, free=5, total=8)
     metrics.set_requests(running=2, waiting=1)
     metrics.observe_step(0.01, num_prompt_tokens=7, num_output_tokens=2)
-    metrics.observe_transfer("received", "ok", seconds=0.2, num_bytes=4096)
+    metrics.observe_transfer(TransferReport("received", "ok", 0.2, 4096, num_mismatches=1))
+    metrics.observe_transfer(TransferReport("sent", "ok", 0.3, 100, num_mismatches=0, exposed_s=0.05))
+    metrics.observe_transfer(TransferReport("sent", "failed", 0.4, 10, num_mismatches=3))
     metrics.set_transport("ucx")
     metrics.set_transport("tcp")
 
@@ -95,7 +98,14 @@ def test_worker_metrics_read_as_they_were_set() -> None:
     assert [value("baton_tokens_total", kind=k) for k in ("prompt", "output")] == [7, 2]
     assert value("baton_step_seconds_count") == 1
     assert value("baton_transfer_seconds_sum", direction="received", outcome="ok") == 0.2
-    assert value("baton_transfer_bytes_total", direction="received") == 4096
+    assert value("baton_transfer_seconds_count", direction="sent", outcome="failed") == 1
+    assert [value("baton_transfer_bytes_total", direction=d) for d in ("sent", "received")] == [110, 4096]
+    assert [value("baton_transfer_digest_mismatches_total", direction=d) for d in ("sent", "received")] == [
+        3,
+        1,
+    ]
+    assert value("baton_transfer_exposed_seconds_count") == 1
+    assert value("baton_transfer_exposed_seconds_sum") == 0.05
     assert value("baton_transport_info", transport="tcp") == 1
     assert value("baton_transport_info", transport="ucx") is None
 

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from baton.config import LogConfig
 from baton.errors import ConfigError
+from baton.transfer.report import TransferReport
 
 # Each tells of every request, connection or phase of its own at INFO, which drowns what we say.
 CHATTY_LOGGERS = ("httpx", "httpcore", "huggingface_hub", "uvicorn", "filelock")
@@ -153,6 +154,18 @@ class WorkerMetrics:
         self._transfer_bytes = Counter(
             "baton_transfer_bytes", "KV bytes handed over.", ["direction"], registry=registry
         )
+        self._transfer_exposed = Histogram(
+            "baton_transfer_exposed_seconds",
+            "KV hand-overs that were sent, end of the prompt's computation to last acknowledgement.",
+            buckets=TRANSFER_BUCKETS_S,
+            registry=registry,
+        )
+        self._transfer_mismatches = Counter(
+            "baton_transfer_digest_mismatches",
+            "Pieces of KV that did not match their digest.",
+            ["direction"],
+            registry=registry,
+        )
         self._transport = Gauge(
             "baton_transport_info", "Transport of KV blocks in use.", ["transport"], registry=registry
         )
@@ -171,10 +184,12 @@ class WorkerMetrics:
         self._prompt_tokens.inc(num_prompt_tokens)
         self._output_tokens.inc(num_output_tokens)
 
-    def observe_transfer(self, direction: str, outcome: str, *, seconds: float, num_bytes: int) -> None:
-        """direction: sent or received; outcome: ok, failed, cancelled or expired."""
-        self._transfer_seconds.labels(direction, outcome).observe(seconds)
-        self._transfer_bytes.labels(direction).inc(num_bytes)
+    def observe_transfer(self, report: TransferReport) -> None:
+        self._transfer_seconds.labels(report.direction, report.outcome).observe(report.seconds)
+        self._transfer_bytes.labels(report.direction).inc(report.num_bytes)
+        self._transfer_mismatches.labels(report.direction).inc(report.num_mismatches)
+        if report.exposed_s is not None:
+            self._transfer_exposed.observe(report.exposed_s)
 
     def set_transport(self, transport: str) -> None:
         self._transport.clear()

@@ -42,6 +42,8 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
     """One worker, until `stop` is set. `ready` gets what `baton up` shows of it. Raises ConfigError."""
     clock = SystemClock()
     emit = LogEvents(log)
+    registry = CollectorRegistry()
+    metrics = WorkerMetrics(registry)
     loaded = await asyncio.to_thread(load_runner, config.model, config.engine)
     runner = loaded.runner
     async with contextlib.AsyncExitStack() as closing:
@@ -55,7 +57,7 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
             advertise_host=_advertise_host(kv.host, kv.advertise_host),
         )
         closing.push_async_callback(transport.aclose)
-        receiver = Receiver(runner.storage, clock, emit)
+        receiver = Receiver(runner.storage, clock, emit, metrics.observe_transfer)
         kv_address = await transport.listen(receiver)
         engine = Engine(config.engine, runner, clock, loaded.fingerprint)
         index = _index(config, clock)
@@ -78,10 +80,13 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
             )  # fmt: skip
             handlers |= decode.handlers()
         if Role.PREFILL in config.roles:
-            prefill = PrefillService(worker, runner.storage, transport, config.transfer, clock, emit)
+            prefill = PrefillService(
+                worker, runner.storage, transport, config.transfer, clock, emit, metrics.observe_transfer
+            )
             closing.push_async_callback(prefill.aclose)
             handlers |= prefill.handlers()
-        metrics_port = await closing.enter_async_context(_metrics(config, worker, transport))
+        metrics.set_transport(transport.name)
+        metrics_port = await closing.enter_async_context(_metrics(config, worker, metrics, registry))
         event(log, "KV blocks travel over this transport", transport=transport.name, address=kv_address)
         await worker.serve(
             GrpcRpc(clock),
@@ -145,11 +150,10 @@ def _shown(record: WorkerRecord, metrics_port: int | None) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def _metrics(config: WorkerConfig, worker: Worker, transport: Transport) -> AsyncIterator[int | None]:
-    """Counts the engine's steps; serves them over HTTP if a port is configured."""
-    registry = CollectorRegistry()
-    metrics = WorkerMetrics(registry)
-    metrics.set_transport(transport.name)
+async def _metrics(
+    config: WorkerConfig, worker: Worker, metrics: WorkerMetrics, registry: CollectorRegistry
+) -> AsyncIterator[int | None]:
+    """Counts the engine's steps; serves the registry over HTTP if a port is configured."""
 
     def on_step(output: StepOutput) -> None:
         engine, load = worker.engine, worker.engine.load()
