@@ -68,6 +68,7 @@ class ScriptedGenerator:
     timeouts_s: list[float] = field(default_factory=list)
     records: dict[str, Record] = field(default_factory=dict)
     ended: list[str] = field(default_factory=list)  # ids, in the order in which their generators were closed
+    num_turns_to_end: int = 0  # of the event loop, that closing takes
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _cancelled: dict[str, asyncio.Event] = field(default_factory=dict)
 
@@ -90,6 +91,8 @@ class ScriptedGenerator:
                     yield [Tokens(index, ids, None)]
                     index += len(ids)
         finally:
+            for _ in range(self.num_turns_to_end):
+                await asyncio.sleep(0)
             self.ended.append(request.request_id)
             async with self.changed:
                 self.changed.notify_all()

@@ -240,6 +240,29 @@ async def test_the_generator_is_closed_when_the_client_goes(stream: bool, script
     assert generator.ended == ["r1"]
 
 
+@pytest.mark.parametrize("script", [["a", STOP], ["a", "Xb"], ["a", WorkerLost("lost")]])
+async def test_a_client_that_has_everything_may_go_while_the_generator_is_being_closed(
+    script: list[Step],
+) -> None:
+    door, generator = scripted_door(*script)
+    generator.num_turns_to_end = 20
+    exchange = Exchange(CHAT | {"stop": ["X"]})
+
+    async def send(message: dict[str, Any]) -> None:
+        exchange.sent.append(message)
+        if message["type"] == "http.response.body" and not message["more_body"]:
+            exchange.gone.set()
+
+    exchange.send = send  # type: ignore[method-assign]
+    await exchange.run_on(create_app(door, ScriptedFleet()))
+    assert generator.ended == ["r1"]
+    labels = {
+        "endpoint": "/v1/chat/completions",
+        "status": "503" if isinstance(script[1], WorkerLost) else "200",
+    }
+    assert door.metrics.registry.get_sample_value("baton_router_requests_total", labels) == 1
+
+
 async def test_the_generator_is_closed_when_the_client_reads_no_more_and_goes() -> None:
     door, generator = scripted_door("a", "b", asyncio.Event())
     exchange = Exchange(CHAT, blocked=asyncio.Event())

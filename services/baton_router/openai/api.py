@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -15,9 +16,11 @@ import baton
 from baton.errors import Cancelled, ModelNotFound
 from baton.messages import WorkerRecord
 from baton.request import Request as BatonRequest
+from baton.request import TokenLogprobs
 from baton_router.fleet_view import FleetView, pair_transport, readiness, transports_in_use
 from baton_router.front_door import Answer, FrontDoor
 from baton_router.openai import schema
+from baton_router.openai.logprobs import LogprobsFormat
 from baton_router.openai.sse import EventStream, Exchange, StreamFormat, until_disconnect
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
@@ -92,7 +95,14 @@ class Api:
         door.check_prompt(prompt, param)
         door.check_stop_token_ids(body.stop_token_ids or ())
         max_tokens = door.max_tokens(len(prompt), limit, default, param)
-        sampling = body.sampling(max_tokens, door.draw_seed())
+        sampling = replace(
+            body.sampling(max_tokens, door.draw_seed()),
+            logit_bias=body.biases,
+            bad_words=door.bad_words(body.bad_words or ()),
+            logprobs=body.num_logprobs,
+            grammar=body.grammar,
+        )
+        door.check_sampling(sampling)
         request = door.request(exchange.request_id, prompt, sampling, body.cache_salt or "")
         user = body.user or body.safety_identifier
 
@@ -119,6 +129,7 @@ class Api:
             chat=chat,
             include_usage=body.include_usage,
             prompt_token_ids=request.prompt_token_ids if body.return_token_ids else None,
+            logprobs=None if body.num_logprobs is None else LogprobsFormat(self._door.token_text, chat=chat),
         )
 
     async def _read_body(self, request: Request) -> bytes:
@@ -201,17 +212,21 @@ async def _whole(opening: Answer, format_of: Callable[[BatonRequest], StreamForm
     """The answer in one piece."""
     texts: list[str] = []
     token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
     async with opening as answer:
         async for items in answer.tokens:
             text, new_ids, finish_reason = answer.read(items)
             texts.append(text)
             token_ids += new_ids
+            logprobs += answer.logprobs
             if finish_reason is not None:
                 break
     usage = _usage(answer)
     format = format_of(answer.request)
     content: dict[str, Any] = {"id": format.id, "created": format.created, "model": format.model}
     choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": answer.finish_reason}
+    if format.logprobs is not None:
+        choice["logprobs"] = format.logprobs.render(token_ids, logprobs)
     text = "".join(texts)
     if format.prompt_token_ids is not None:
         choice["token_ids"] = token_ids

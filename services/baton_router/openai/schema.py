@@ -10,10 +10,8 @@ import orjson
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
-    GetJsonSchemaHandler,
     Tag,
     ValidationError,
     WithJsonSchema,
@@ -22,33 +20,30 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from baton.errors import InvalidRequest
-from baton.request import SamplingParams
+from baton.request import Grammar, SamplingParams, TokenBias
+from baton_router.openai import structured
+from baton_router.openai.strict import Neutral, Strict
+from baton_router.openai.structured import ResponseFormat, StructuredOutputs
 
 MAX_COUNT = 2**31 - 1
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 256
-SEED_MASK = 2**63 - 1
-
-Neutral = dict[str, tuple[Any, ...]]
+MAX_BIASES = 1024
+MAX_BIAS = 100
+MAX_ALLOWED_TOKEN_IDS = 65536
+MAX_LOGPROBS = 20
+SEEDS = 2**64
 
 # What clients send by default. Any other value asks for something that Baton does not do.
 NEUTRAL_IN_ALL: Neutral = {
     "best_of": (None, 1),
-    "frequency_penalty": (None, 0),
     "include_stop_str_in_output": (None, False),
     "length_penalty": (None, 1),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
     "metadata": (None, {}),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
     "n": (None, 1),
-    "presence_penalty": (None, 0),
     "priority": (None, 0),
     "prompt_logprobs": (None,),
-    "repetition_penalty": (None, 1),
-    "response_format": (None, {"type": "text"}),
     "skip_special_tokens": (None, True),
     "spaces_between_special_tokens": (None, True),
     "truncate_prompt_tokens": (None,),
@@ -73,7 +68,6 @@ NEUTRAL_IN_CHAT: Neutral = NEUTRAL_IN_ALL | {
     "store": (None, False),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
-    "top_logprobs": (None, 0),
     "verbosity": (None,),
     "web_search_options": (None,),
 }
@@ -87,41 +81,6 @@ NEUTRAL_IN_MESSAGES: Neutral = {
     "refusal": (None,),
     "tool_calls": (None, []),
 }
-
-
-class Strict(BaseModel):
-    """Knows its fields; those in `neutral` are checked and dropped."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
-    neutral: ClassVar[Neutral] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            raise PydanticCustomError("object", "must be a JSON object")
-        for name, values in cls.neutral.items():
-            if name in fields and not any(_same(fields[name], value) for value in values):
-                accepted = " or ".join(orjson.dumps(value).decode() for value in values)
-                raise PydanticCustomError(
-                    "unsupported", "not supported (only {accepted})", {"field": name, "accepted": accepted}
-                )
-        return {name: value for name, value in fields.items() if name not in cls.neutral}
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        schema = handler.resolve_ref_schema(handler(core))
-        schema["properties"] |= {
-            name: {"enum": list(values), "description": "No other value is supported."}
-            for name, values in cls.neutral.items()
-        }
-        return schema
-
-
-def _same(value: Any, neutral: Any) -> bool:
-    if isinstance(value, bool) or isinstance(neutral, bool):
-        return value is neutral
-    return bool(value == neutral)
 
 
 def _stop_strings(value: Any) -> list[str] | None:
@@ -138,6 +97,24 @@ def _stop_strings(value: Any) -> list[str] | None:
             "stop", "must be strings of 1 to {limit} characters", {"limit": MAX_STOP_CHARACTERS}
         )
     return stop
+
+
+def _seed(value: Any) -> Any:
+    """Any integer. One of more than 64 bits has become a float when it comes here."""
+    if isinstance(value, float) and value.is_integer() and abs(value) >= 2**63:
+        value = int(value)
+    return value % SEEDS if type(value) is int else value
+
+
+def _biases(value: Any) -> Any:
+    """JSON's names are strings, so token ids are, too."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) > MAX_BIASES:
+        raise PydanticCustomError("logit_bias", "must name at most {limit} tokens", {"limit": MAX_BIASES})
+    if not all(isinstance(name, str) and name.isascii() and name.isdecimal() for name in value):
+        raise PydanticCustomError("logit_bias", "must map token ids, as strings, to numbers")
+    return {int(name[:20]): bias for name, bias in value.items()}
 
 
 def _prompt(value: Any) -> str | list[int]:
@@ -174,12 +151,21 @@ class SamplingFields(Strict):
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int | None, BeforeValidator(_seed), WithJsonSchema({"type": "integer"})] = None
     stop: Annotated[list[str] | None, BeforeValidator(_stop_strings), _ONE_OR_MORE_STRINGS] = None
     stop_token_ids: (
         Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS)] | None
     ) = None
     ignore_eos: bool | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
+    allowed_token_ids: (
+        Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)]
+        | None
+    ) = None
 
     def sampling(self, max_tokens: int, drawn_seed: int) -> SamplingParams:
         """`max_tokens` and `drawn_seed` stand in for what the request left out."""
@@ -189,10 +175,16 @@ class SamplingFields(Strict):
             temperature=1.0 if self.temperature is None else float(self.temperature),
             top_p=1.0 if self.top_p is None else float(self.top_p),
             top_k=max(0, self.top_k or 0),  # -1, too, means all tokens
-            seed=seed & SEED_MASK,
+            seed=seed % SEEDS,
             stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
+            min_p=float(self.min_p or 0),
+            presence_penalty=float(self.presence_penalty or 0),
+            frequency_penalty=float(self.frequency_penalty or 0),
+            repetition_penalty=1.0 if self.repetition_penalty is None else float(self.repetition_penalty),
+            min_tokens=self.min_tokens or 0,
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
         )
 
 
@@ -211,6 +203,17 @@ class ApiRequest(SamplingFields):
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     return_token_ids: bool | None = None
+    logit_bias: Annotated[
+        dict[int, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS, allow_inf_nan=False)]] | None,
+        BeforeValidator(_biases),
+    ] = None
+    bad_words: Annotated[list[str] | None, BeforeValidator(_stop_strings), _ONE_OR_MORE_STRINGS] = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: structured.Schema | None = None
+    guided_regex: str | None = None
+    guided_choice: structured.Choice | None = None
+    guided_grammar: str | None = None
     # By OpenAI's definition these have no effect on the answer; they are written to the log.
     user: Annotated[str, Field(max_length=512)] | None = None
     safety_identifier: Annotated[str, Field(max_length=512)] | None = None
@@ -222,6 +225,40 @@ class ApiRequest(SamplingFields):
                 "stream_options", "only allowed when stream is true", {"field": "stream_options"}
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_grammar(self) -> Self:
+        if len(self._grammars) > 1:
+            first, second = list(self._grammars)[:2]
+            raise PydanticCustomError(
+                "grammar", "cannot be combined with {first}", {"field": second, "first": first}
+            )
+        return self
+
+    @property
+    def _grammars(self) -> dict[str, Grammar]:
+        """By the field that asks for it."""
+        guided = structured.grammars(
+            self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar
+        )
+        found = {f"guided_{name}": grammar for name, grammar in guided.items()}
+        if self.structured_outputs is not None:
+            [found["structured_outputs"]] = self.structured_outputs.grammars
+        if self.response_format is not None and self.response_format.grammar is not None:
+            found["response_format"] = self.response_format.grammar
+        return found
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return next(iter(self._grammars.values()), None)
+
+    @property
+    def biases(self) -> tuple[TokenBias, ...]:
+        return tuple(TokenBias(token_id, float(bias)) for token_id, bias in (self.logit_bias or {}).items())
+
+    @property
+    def num_logprobs(self) -> int | None:
+        raise NotImplementedError
 
     @property
     def include_usage(self) -> bool:
@@ -261,6 +298,8 @@ class ChatCompletionRequest(ApiRequest):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -269,6 +308,18 @@ class ChatCompletionRequest(ApiRequest):
                 "max_tokens", "give this or max_completion_tokens, not both", {"field": "max_tokens"}
             )
         return self
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError(
+                "top_logprobs", "only allowed when logprobs is true", {"field": "top_logprobs"}
+            )
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def limit(self) -> int | None:
@@ -283,6 +334,11 @@ class CompletionRequest(ApiRequest):
 
     prompt: Annotated[str | list[int], BeforeValidator(_prompt), _TEXT_OR_TOKEN_IDS]
     add_special_tokens: bool | None = None  # to a prompt of text; true when absent
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 RequestT = TypeVar("RequestT", bound=Strict)
@@ -338,7 +394,7 @@ class AssistantMessage(BaseModel):
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
-    logprobs: None
+    logprobs: dict[str, Any] | None
     finish_reason: str
     token_ids: list[int] | None = None
 
@@ -356,7 +412,7 @@ class ChatCompletion(BaseModel):
 class CompletionChoice(BaseModel):
     index: int
     text: str
-    logprobs: None
+    logprobs: dict[str, Any] | None
     finish_reason: str
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None

@@ -7,7 +7,7 @@ sent before the first token: an error until then is a plain response with its ow
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,9 +19,10 @@ from starlette.types import Receive, Scope, Send
 
 from baton.engine.detokenizer import Delta
 from baton.errors import BatonError, Cancelled
-from baton.request import Request
+from baton.request import Request, TokenLogprobs
 from baton_router.front_door import CLIENT_GONE, Answer
 from baton_router.openai.errors import BUG, error_body, response_to
+from baton_router.openai.logprobs import LogprobsFormat
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Exchange:
     arrival_s: float
     send: Send  # the server's own
     status: int = 0  # as it is counted: of the response, or of the error that ended its stream
+    is_complete: bool = False  # its last byte is sent, and the server says "disconnect" because of that
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class StreamFormat:
     chat: bool
     include_usage: bool
     prompt_token_ids: tuple[int, ...] | None  # None: token ids were not asked for
+    logprobs: LogprobsFormat | None = None
 
 
 class ChunkWriter:
@@ -62,6 +65,7 @@ class ChunkWriter:
 
     __slots__ = (
         "_after_text",
+        "_before_logprobs",
         "_before_text",
         "_end",
         "_format",
@@ -79,36 +83,41 @@ class ChunkWriter:
         self._before_text = self._opening + (
             b'{"index":0,"delta":{"content":' if format.chat else b'{"index":0,"text":'
         )
-        self._after_text = (b"}" if format.chat else b"") + b',"logprobs":null,"finish_reason":'
+        self._before_logprobs = (b"}" if format.chat else b"") + b',"logprobs":'
+        self._after_text = self._before_logprobs + b'null,"finish_reason":'
         self._usage_null = b',"usage":null' if format.include_usage else b""
         self._end = b"}]" + self._usage_null + b"}\n\n"
         self._tail = self._after_text + b"null" + self._end
         self._with_token_ids = format.prompt_token_ids is not None
 
-    def first(self, delta: Delta) -> bytes:
+    def first(self, delta: Delta, logprobs: Sequence[TokenLogprobs] = ()) -> bytes:
         """The first chunk; in a chat after one that says whose turn it is."""
         prompt = b""
         if self._with_token_ids:
             prompt = b',"prompt_token_ids":' + orjson.dumps(self._format.prompt_token_ids)
         if not self._format.chat:
-            return self._chunk(delta, prompt)
+            return self._chunk(delta, logprobs, prompt)
         choice = (
             b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
         )
-        return self._opening + choice + prompt + self._usage_null + b"}\n\n" + self.chunk(delta)
+        return self._opening + choice + prompt + self._usage_null + b"}\n\n" + self.chunk(delta, logprobs)
 
-    def chunk(self, delta: Delta) -> bytes:
+    def chunk(self, delta: Delta, logprobs: Sequence[TokenLogprobs] = ()) -> bytes:
         """b"" when there is nothing to say."""
         text, _, finish_reason = delta
-        if finish_reason is None and not self._with_token_ids:
+        if finish_reason is None and not self._with_token_ids and not logprobs:
             return self._before_text + orjson.dumps(text) + self._tail if text else b""
-        return self._chunk(delta)
+        return self._chunk(delta, logprobs)
 
-    def _chunk(self, delta: Delta, extra: bytes = b"") -> bytes:
+    def _chunk(self, delta: Delta, logprobs: Sequence[TokenLogprobs], extra: bytes = b"") -> bytes:
         text, token_ids, finish_reason = delta
+        after_text = self._after_text
+        if self._format.logprobs is not None and logprobs:
+            rendered = orjson.dumps(self._format.logprobs.render(token_ids, logprobs))
+            after_text = self._before_logprobs + rendered + b',"finish_reason":'
         if self._with_token_ids:
             extra += b',"token_ids":' + orjson.dumps(token_ids)
-        choice = (self._before_text, orjson.dumps(text), self._after_text, orjson.dumps(finish_reason), extra)
+        choice = (self._before_text, orjson.dumps(text), after_text, orjson.dumps(finish_reason), extra)
         return b"".join(choice) + self._end
 
     def usage(self, usage: dict[str, Any]) -> bytes:
@@ -134,25 +143,26 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange: Exchange = scope["baton.exchange"]
         try:
-            await until_disconnect(receive, self._run(exchange, scope, receive, send))
+            run = self._run(exchange, scope, receive, send)
+            await until_disconnect(receive, run, lambda: exchange.is_complete)
         except Cancelled:
             exchange.status = CLIENT_GONE
 
     async def _run(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
-        has_begun, has_ended = False, False
+        has_begun = False
         try:
             async with self._open_answer() as answer:
                 writer = ChunkWriter(self._format_of(answer.request))
                 async for items in answer.tokens:
                     delta = answer.read(items)
                     if has_begun:
-                        chunk = writer.chunk(delta)
+                        chunk = writer.chunk(delta, answer.logprobs)
                     else:
                         has_begun = True
                         await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS]})
-                        chunk = writer.first(delta)
+                        chunk = writer.first(delta, answer.logprobs)
                     if delta[2] is not None:
-                        has_ended = True
+                        exchange.is_complete = True
                         chunk += writer.usage(self._usage(answer)) + DONE
                         await exchange.send({"type": "http.response.body", "body": chunk, "more_body": False})
                         break
@@ -165,8 +175,8 @@ class EventStream(Response):
             if not isinstance(error, BatonError):
                 log.exception("the stream of request %s failed", exchange.request_id)
                 error = BUG
-            if not has_ended:
-                exchange.status = error.status
+            if not exchange.is_complete:
+                exchange.status, exchange.is_complete = error.status, True
                 await exchange.send(
                     {"type": "http.response.body", "body": error_events(error), "more_body": False}
                 )
@@ -176,8 +186,11 @@ def error_events(error: BatonError) -> bytes:
     return b"data: " + error_body(error) + b"\n\n" + DONE
 
 
-async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, or Cancelled when the client goes first; `work` has ended by then, cancelled.
+async def until_disconnect(
+    receive: Receive, work: Coroutine[Any, Any, T], is_complete: Callable[[], bool] = lambda: False
+) -> T:
+    """The result of `work`, or Cancelled when the client goes before the response is complete; `work` has
+    ended by then, cancelled.
 
     `work` gets a task of its own: each token wakes it, and not the frames of everything around it.
     """
@@ -195,6 +208,8 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
                 await _disconnect(receive)
             finally:
                 is_waiting = False
+        if is_complete():
+            return await working
     except TimeoutError:
         return await working
     finally:
