@@ -1,0 +1,139 @@
+"""What each Triton kernel computes, in plain torch: the definition, and the reference of its tests.
+
+Same names, arguments and effects as the kernels. Arithmetic is in the inputs' precision, at least fp32, so that the
+tests can ask for float64. `naive` has what runs on the CPU, planned for speed there.
+
+    T tokens of the step, B sequences, C positions of context, H heads, Hkv KV heads, Dk and Dv dims
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from baton_kernels.naive import Positions, read_kv, write_kv
+
+
+def paged_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    *,
+    window: int | None = None,
+    chunked: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The chunks of B sequences: query [T, H, Dk] -> [T, H, Dv]; with chunks of one token it is decoding.
+
+    Sequence b owns the tokens [query_starts[b], query_starts[b + 1]), the last ones of its context_lens[b] positions.
+    A token sees the positions up to its own; of these the last `window` ones, or, `chunked`, those since the last
+    multiple of `window`. `softcap` replaces a score s by softcap * tanh(s / softcap). `sinks` [H] are scores of a
+    position that has no value: they take weight away.
+    """
+    block_size, num_heads = k_cache.shape[1], query.shape[1]
+    out = query.new_empty(*query.shape[:2], v_cache.shape[3])
+    bounds = query_starts.tolist()
+    for row, (start, end, length) in enumerate(zip(bounds, bounds[1:], context_lens.tolist(), strict=False)):
+        index = torch.arange(length, device=query.device)
+        where = Positions(block_tables[row, index // block_size].long(), index % block_size)
+        key = read_kv(k_cache, where).repeat_interleave(num_heads // k_cache.shape[2], 1)  # [C, H, Dk]
+        value = read_kv(v_cache, where).repeat_interleave(num_heads // v_cache.shape[2], 1)
+        scores = torch.einsum("thd,chd->htc", query[start:end], key) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        own = index[length - (end - start) :, None]  # [t, 1]
+        hidden = index > own  # [t, C]
+        if window is not None:
+            hidden |= index < (own // window * window if chunked else own - window + 1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[:, None, None].expand(-1, end - start, 1)), -1)
+        weights = scores.softmax(-1)[..., :length]
+        out[start:end] = torch.einsum("htc,chd->thd", weights, value)
+    return out
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, H, D]; cos, sin [T, R/2]: turns the pairs (x[i], x[i + R/2]), i < R/2; what lies beyond R stays."""
+    half = cos.shape[1]
+    wide = _widen(x)
+    x1, x2, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), -1).to(x.dtype)
+
+
+def rope_write_kv(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> None:
+    """query [T, H, Dk] is turned in place; key, turned, and value go to slots [T] = block * block_size + offset, all
+    different; a negative slot is not written."""
+    if cos is not None and sin is not None:
+        query.copy_(rope(query, cos, sin))
+        key = rope(key, cos, sin)
+    kept, block_size = slots >= 0, k_cache.shape[1]
+    where = Positions(slots[kept] // block_size, slots[kept] % block_size)
+    write_kv(key[kept], value[kept], k_cache, v_cache, where)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, offset: float = 0.0
+) -> Tensor:
+    """x, residual [T, D]: residual becomes x + residual (x where there is none); its RMSNorm is returned."""
+    if residual is not None:
+        x = residual.add_(x)
+    wide = _widen(x)
+    scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (wide * scale * (offset + weight.to(wide.dtype))).to(x.dtype)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """x [T, 2F] = gate | up  ->  silu(gate) * up [T, F]."""
+    gate, up = _widen(x).chunk(2, -1)
+    return (F.silu(gate) * up).to(x.dtype)
+
+
+def copy_blocks(pool: Tensor, src: Tensor, dst: Tensor) -> None:
+    """pool [num_blocks, block_bytes]: pool[dst[i]] = pool[src[i]]; the destinations are all different and no sources;
+    pairs with a negative source are skipped."""
+    kept = src >= 0
+    pool[dst[kept]] = pool[src[kept]]
+
+
+def pack_blocks(pool: Tensor, block_ids: Tensor, start_byte: int, num_bytes: int) -> tuple[Tensor, Tensor]:
+    """The bytes [start_byte, start_byte + num_bytes) of the blocks, [n, num_bytes], and their digests."""
+    wire = pool[block_ids, start_byte : start_byte + num_bytes]
+    return wire, block_digests(wire)
+
+
+def unpack_blocks(pool: Tensor, block_ids: Tensor, start_byte: int, wire: Tensor) -> Tensor:
+    """The way back; the digests of `wire`."""
+    pool[block_ids, start_byte : start_byte + wire.shape[1]] = wire
+    return block_digests(wire)
+
+
+def block_digests(wire: Tensor) -> Tensor:
+    """wire [n, num_bytes] uint8 -> [n, 2] int32. The formula is in `wire_blocks`."""
+    low = 0xFFFF_FFFF
+    words = wire.contiguous().view(torch.int32).long() & low
+    i = torch.arange(words.shape[1], device=wire.device)
+    h = words ^ (i * 0x9E3779B1 + 0x7F4A7C15 & low)
+    h = (h ^ (h >> 16)) * 0x85EBCA6B & low
+    h = (h ^ (h >> 13)) * 0xC2B2AE35 & low
+    h = h ^ (h >> 16)
+    sums = torch.stack((h.sum(1), ((h ^ (h >> 15)) * 0x846CA68B & low).sum(1)), 1) & low
+    return torch.where(sums > 0x7FFF_FFFF, sums - (1 << 32), sums).int()
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
