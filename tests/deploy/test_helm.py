@@ -371,13 +371,87 @@ def test_every_alert_says_what_to_do() -> None:
         assert rule["annotations"]["summary"] and rule["annotations"]["runbook"]
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is not installed")
-def test_prometheus_accepts_the_rules(tmp_path: Path) -> None:
-    (rules,) = of_kind(rendered(example("autoscaled")), "PrometheusRule")
-    file = tmp_path / "rules.yaml"
-    file.write_text(yaml.safe_dump(rules["spec"]))
-    done = subprocess.run(["promtool", "check", "rules", file], capture_output=True, text=True, check=False)
+# Of every alert: series under which it fires.
+FIRES: dict[str, dict[str, str]] = {
+    "BatonNoDecodeWorker": {'baton_router_workers{role="prefill",state="ready"}': "1+0x60"},
+    "BatonNoPrefillWorker": {'baton_router_workers{role="decode",state="ready"}': "1+0x60"},
+    "BatonWorkerLost": {'baton_router_workers{role="decode",state="lost"}': "1+0x60"},
+    "BatonErrors": {
+        'baton_router_requests_total{endpoint="/v1/chat/completions",status="200"}': "0+90x60",
+        'baton_router_requests_total{endpoint="/v1/chat/completions",status="503"}': "0+10x60",
+    },
+    "BatonRefusing": {
+        'baton_router_requests_total{endpoint="/v1/completions",status="200"}': "0+90x60",
+        'baton_router_requests_total{endpoint="/v1/completions",status="429"}': "0+10x60",
+    },
+    "BatonSlowFirstToken": {
+        'baton_router_time_to_first_token_seconds_bucket{le="2.5"}': "0+9x60",
+        'baton_router_time_to_first_token_seconds_bucket{le="10.0"}': "0+10x60",
+        'baton_router_time_to_first_token_seconds_bucket{le="+Inf"}': "0+10x60",
+    },
+    "BatonKvFull": {
+        'baton_kv_blocks{state="used"}': "99+0x60",
+        'baton_kv_blocks{state="total"}': "100+0x60",
+    },
+    "BatonHandOversFail": {
+        'baton_transfer_seconds_count{direction="received",outcome="ok"}': "0+90x60",
+        'baton_transfer_seconds_count{direction="received",outcome="expired"}': "0+10x60",
+    },
+    "BatonKvDamaged": {'baton_transfer_digest_mismatches_total{direction="received"}': "0+1x60"},
+    "BatonIndexLost": {"baton_router_index_healthy": "0+0x60"},
+    "BatonSilent": {"up": "0+0x60"},
+}
+# A fleet that is well: nothing fires.
+WELL = {
+    "up": "1+0x60",
+    "baton_router_index_healthy": "1+0x60",
+    'baton_router_workers{role="prefill",state="ready"}': "1+0x60",
+    'baton_router_workers{role="decode",state="ready"}': "1+0x60",
+    'baton_router_requests_total{endpoint="/v1/chat/completions",status="200"}': "0+100x60",
+    'baton_router_requests_total{endpoint="unknown",status="404"}': "0+100x60",
+    'baton_router_time_to_first_token_seconds_bucket{le="1.0"}': "0+100x60",
+    'baton_router_time_to_first_token_seconds_bucket{le="+Inf"}': "0+100x60",
+    'baton_kv_blocks{state="used"}': "10+0x60",
+    'baton_kv_blocks{state="total"}': "100+0x60",
+    'baton_transfer_seconds_count{direction="received",outcome="ok"}': "0+100x60",
+    'baton_transfer_digest_mismatches_total{direction="received"}': "0+0x60",
+}
+
+
+def test_every_alert_fires_and_none_does_when_all_is_well(tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+    (manifest,) = of_kind(rendered(example("autoscaled")), "PrometheusRule")
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(manifest["spec"]))
+    names = [rule["alert"] for rule in manifest["spec"]["groups"][0]["rules"]]
+    assert set(FIRES) == set(names)
+    tests = [rule_test(name, series, fires=True) for name, series in FIRES.items()]
+    tests += [rule_test(name, WELL, fires=False) for name in names]
+    file = tmp_path / "test.yaml"
+    file.write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "tests": tests}))
+    done = subprocess.run([promtool, "test", "rules", file], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def rule_test(alert: str, series: dict[str, str], *, fires: bool) -> dict[str, Any]:
+    """One of `promtool test rules`: whether the alert fires after half an hour."""
+    scraped = 'job="prod/demo-baton",pod="a",app_kubernetes_io_component="decode"'
+    inputs = [
+        {
+            "series": name.replace("}", f",{scraped}}}") if "{" in name else f"{name}{{{scraped}}}",
+            "values": values,
+        }
+        for name, values in series.items()
+    ]
+    number = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}}) or vector(0)'
+    samples = [{"labels": "{}", "value": int(fires)}]
+    return {
+        "name": alert,
+        "interval": "1m",
+        "input_series": inputs,
+        "promql_expr_test": [{"expr": number, "eval_time": "30m", "exp_samples": samples}],
+    }
 
 
 def test_autoscalers_scale_what_is_there_and_nobody_else_does() -> None:
@@ -442,6 +516,7 @@ def test_only_the_api_is_reached_from_outside() -> None:
         ("prefill", "decode", "grpc", False),
         ("decode", "redis", "redis", True),
         ("decode", "router", "http", False),
+        ("decode", "router", 50052, False),
         ("redis", "decode", "grpc", False),
         ("stranger", "router", "http", True),
         ("stranger", "router", "grpc", True),

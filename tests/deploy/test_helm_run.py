@@ -254,7 +254,12 @@ async def get(pod: Pod, variable: str, path: str) -> str:
 
 # Labels that come with the scrape; values that nothing has led to here.
 SCRAPED = ("job", "app_kubernetes_io_component")
-NOT_HERE = {("state", "=", "lost"), ("status", "=~", "5.."), ("status", "=", "429")}
+NOT_HERE = {
+    ("state", "=", "lost"),
+    ("outcome", "=~", "failed|expired"),
+    ("status", "=~", "5.."),
+    ("status", "=", "429"),
+}
 
 
 def fits(labels: dict[str, str], label: str, operator: str, value: str) -> bool:
