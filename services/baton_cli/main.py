@@ -195,6 +195,36 @@ def probe(
 
 
 @app.command()
+def models(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="DIR_OR_ID", help="Only this checkpoint; its weights are not read."),
+    ] = None,
+) -> None:
+    """Which model types are supported, and why the others are not."""
+    from rich.console import Console
+
+    from baton_cli.models import check_model, list_types
+
+    if model is None:
+        list_types(Console())
+    else:
+        check_model(model, Console())
+
+
+@app.command()
+def doctor(
+    base_url: Annotated[str, typer.Option(help="A router.")] = "http://127.0.0.1:8000",
+) -> None:
+    """Say what a running fleet looks like and what is wrong with it; exit code 1 when something is."""
+    from rich.console import Console
+
+    from baton_cli.doctor import doctor
+
+    raise typer.Exit(doctor(base_url, Console()))
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(f"baton {__version__}")

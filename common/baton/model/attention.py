@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from baton.errors import ConfigError
 from baton_kernels import naive
 
 NAME = "baton_paged"
@@ -94,7 +95,7 @@ def paged_attention(
     value: Tensor,  # [1, Hkv, T, Dv]
     attention_mask: Tensor | None,
     *,
-    baton_batch: Attend,
+    baton_batch: Attend | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -102,6 +103,8 @@ def paged_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """[1, T, H, Dv]."""
+    if baton_batch is None:
+        raise ConfigError(f"{type(module).__name__} does not hand arguments on to the attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = Options(scale, sliding_window, softcap, s_aux, {"attention_mask": attention_mask, **others})
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))

@@ -22,8 +22,10 @@ _KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 _HARMLESS = (
     "cache_position",
     "dropout",
+    "logits_to_keep",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
     "position_ids",
     "return_dict",
     "use_cache",

@@ -27,6 +27,9 @@ _STATEFUL_ROPE = "dynamic"
 # The same, but only for sequences longer than those that the model was first trained on.
 _TWO_RANGES_ROPE = "longrope"
 
+HAS_ENCODER = "it has an encoder"
+STATEFUL = "it has layers with a state of their own instead of KV"
+
 # What configs call the number of positions.
 _LENGTHS = (
     "max_position_embeddings",
@@ -62,7 +65,8 @@ def load_config(directory: Path, *, surveyed: bool = True) -> Any:
 def model_length(config: Any, wanted: int | None) -> int:
     """max_model_len: what the user wants, within what the model's positions allow. Raises ConfigError."""
     text = config.get_text_config(decoder=True)
-    lengths = [length for name in _LENGTHS if isinstance(length := getattr(text, name, None), int)]
+    named = [getattr(text, name, None) for name in _LENGTHS]
+    lengths = [length for length in named if isinstance(length, int) and length > 0]
     possible, reason = (lengths[0], "has positions for") if lengths else (None, "")
     for rope in _ropes(text):
         if rope.get("rope_type") == _TWO_RANGES_ROPE:
@@ -112,13 +116,17 @@ def load_model(directory: Path, config: Any, dtype: str, device: torch.device) -
                 ignore_mismatched_sizes=True,  # listed for us with their names, instead of raised
                 output_loading_info=True,
             )
+    except KeyError as error:
+        if error.args != (attention.NAME,):
+            raise ConfigError(f"the weights in {directory} cannot be loaded: {error!r}") from error
+        raise _refusal(config, "its attention cannot be replaced") from error
     except (
         Exception
     ) as error:  # safetensors, torch and transformers raise whatever they like for a broken file
         raise ConfigError(f"the weights in {directory} cannot be loaded: {_first_line(error)}") from error
     model: nn.Module = loaded[0]
     if getattr(model, "_is_stateful", False):
-        raise _refusal(config, "it has layers with a state of their own instead of KV")
+        raise _refusal(config, STATEFUL)
     _check_weights(directory, loaded[1])
     return model.to(device).eval().requires_grad_(False)
 
@@ -174,7 +182,7 @@ def _unsupported(config: Any) -> str | None:
     if any(rope.get("rope_type") == _STATEFUL_ROPE for rope in _ropes(text)):
         return "its RoPE scaling 'dynamic' makes the KV of a prompt depend on its neighbours in the batch"
     if getattr(text, "is_encoder_decoder", False):
-        return "it has an encoder"
+        return HAS_ENCODER
     return None
 
 
