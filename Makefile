@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := common/baton services loadtest kernels
 
-.PHONY: install run test lint proto bench survey demo-model clean
+.PHONY: install run test lint proto bench bench-kernels survey demo-model clean
 
 install: $(INSTALLED)
 
@@ -45,6 +45,9 @@ proto: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_fleet.py $(ARGS)
+
+bench-kernels: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_kernels.py $(ARGS)
 
 survey: $(INSTALLED)
 	$(BIN)/python scripts/survey_models.py $(ARGS)
