@@ -14,9 +14,9 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from baton.chat_template import ChatTemplate
 from baton.clock import SystemClock
 from baton.engine.detokenizer import _byte_of_character
-from baton.errors import BatonError, Cancelled
-from baton.messages import Load, Role, WorkerRecord
-from baton.request import FinishReason, Request, WorkerId
+from baton.errors import BatonError, Cancelled, Unavailable
+from baton.messages import BlockLedger, Holder, Load, Purpose, Role, WorkerRecord
+from baton.request import BlockId, FinishReason, Request, RequestId, TokenLogprobs, WorkerId
 from baton.tokenizer import Tokenizer
 from baton_router.fleet_view import IndexHealth
 from baton_router.front_door import FrontDoor
@@ -59,6 +59,10 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
 Step = str | bytes | tuple[int, ...] | FinishReason | Exception | asyncio.Event
 
 
+def logprobs_of(token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(-token_id / 4, (EOS, token_id), (-0.5, -token_id / 4))
+
+
 @dataclass
 class ScriptedGenerator:
     """Says what `script` says, a list per step; tokens of a finish reason's own step come with it."""
@@ -88,7 +92,8 @@ class ScriptedGenerator:
                     yield [Tokens(index, (), step)]
                 else:
                     ids = tuple(step.encode() if isinstance(step, str) else step)
-                    yield [Tokens(index, ids, None)]
+                    wanted = request.sampling.logprobs is not None
+                    yield [Tokens(index, ids, None, tuple(map(logprobs_of, ids)) if wanted else ())]
                     index += len(ids)
         finally:
             for _ in range(self.num_turns_to_end):
@@ -172,6 +177,11 @@ class ScriptedFleet:
 
     def index_health(self) -> IndexHealth:
         return self.index
+
+    async def blocks(self) -> dict[WorkerId, BlockLedger | BatonError]:
+        holder = Holder(RequestId("r"), Purpose.RUNNING, (BlockId(3),), held_s=1.5)
+        ledger = BlockLedger(WorkerId("decode-0"), 8, 1, 7, 0, (holder,))
+        return {WorkerId("decode-0"): ledger, WorkerId("prefill-0"): Unavailable("gone")}
 
 
 def scripted_door(

@@ -31,9 +31,11 @@ from router_parts import (
 import baton
 from baton.errors import ConfigError, DeadlineExceeded, Overloaded, Unavailable, WorkerLost
 from baton.messages import Role
+from baton.request import Grammar, GrammarKind, TokenBias, TokenSequence
 from baton_router.app import App, HttpServer, create_app, serve_http
 from baton_router.fleet_view import IndexHealth
 from baton_router.openai import schema
+from baton_router.openai.structured import ANY_OBJECT
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": MODEL, "prompt": "hi"}
@@ -139,6 +141,12 @@ async def test_every_sampling_field_reaches_the_generator() -> None:
         "stop": ["a", "b"],
         "stop_token_ids": [5],
         "ignore_eos": True,
+        "min_p": 0.25,
+        "presence_penalty": -1.5,
+        "frequency_penalty": 2.0,
+        "repetition_penalty": 1.25,
+        "min_tokens": 3,
+        "allowed_token_ids": [7, 5],
     }
     _, generator = await post(**CHAT, **fields, cache_salt="tenant", user="u")
     [request] = generator.requests
@@ -157,7 +165,26 @@ async def test_every_sampling_field_reaches_the_generator() -> None:
         ("top_k", -1, "top_k", 0),
         ("temperature", None, "temperature", 1.0),
         ("seed", 0, "seed", 0),
-        ("seed", -1, "seed", 2**63 - 1),
+        ("seed", -1, "seed", 2**64 - 1),
+        ("seed", 2**63, "seed", 2**63),
+        ("seed", -(2**70), "seed", 0),
+        ("logit_bias", {"5": 2, "7": -100}, "logit_bias", (TokenBias(5, 2.0), TokenBias(7, -100.0))),
+        ("bad_words", ["ab"], "bad_words", (TokenSequence((97, 98)), TokenSequence((32, 97, 98)))),
+        ("logprobs", True, "logprobs", 0),
+        ("response_format", {"type": "json_object"}, "grammar", ANY_OBJECT),
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "null"}, "strict": True}},
+            "grammar",
+            Grammar(GrammarKind.JSON_SCHEMA, '{"type":"null"}'),
+        ),
+        ("structured_outputs", {"json": {"a": 1}}, "grammar", Grammar(GrammarKind.JSON_SCHEMA, '{"a":1}')),
+        ("structured_outputs", {"regex": "a+"}, "grammar", Grammar(GrammarKind.REGEX, "a+")),
+        ("structured_outputs", {"json_object": True}, "grammar", ANY_OBJECT),
+        ("guided_json", "{}", "grammar", Grammar(GrammarKind.JSON_SCHEMA, "{}")),
+        ("guided_regex", "a+", "grammar", Grammar(GrammarKind.REGEX, "a+")),
+        ("guided_choice", ["a", 'b"'], "grammar", Grammar(GrammarKind.CHOICE, '["a","b\\""]')),
+        ("guided_grammar", "start: /a/", "grammar", Grammar(GrammarKind.LARK, "start: /a/")),
     ],
 )
 async def test_other_ways_to_say_it(field: str, value: Any, attribute: str, expected: Any) -> None:
@@ -197,6 +224,37 @@ async def test_token_ids_are_returned_on_request() -> None:
     response, _ = await post(*script, **CHAT, return_token_ids=True)
     assert response.json()["choices"][0]["token_ids"] == [*"heö".encode(), EOS]
     assert bytes(response.json()["prompt_token_ids"]) == b"user: hi\nassistant: "
+
+
+async def test_log_probabilities_in_both_shapes() -> None:
+    script: tuple[Step, ...] = ("h", b"\xc3", b"\xb6", (EOS,), STOP)
+    response, _ = await post(*script, **CHAT, logprobs=True, top_logprobs=2)
+    content = response.json()["choices"][0]["logprobs"]["content"]
+    half = "\N{REPLACEMENT CHARACTER}"
+    assert [entry["token"] for entry in content] == ["h", half, half, "<eos>"]
+    assert bytes(byte for entry in content for byte in entry["bytes"]) == "hö<eos>".encode()
+    assert content[0]["logprob"] == -ord("h") / 4
+    assert [top["token"] for top in content[0]["top_logprobs"]] == ["<eos>", "h"]
+    response, _ = await post(*script, path=PATHS["completion"], **COMPLETION, logprobs=2)
+    logprobs = response.json()["choices"][0]["logprobs"]
+    assert logprobs["tokens"][0] == "h" and logprobs["token_logprobs"][0] == -ord("h") / 4
+    assert logprobs["top_logprobs"][0] == {"<eos>": -0.5, "h": -ord("h") / 4}
+    assert logprobs["text_offset"] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", PATHS)
+async def test_streamed_log_probabilities_are_those_of_the_answer_in_one_piece(kind: str) -> None:
+    script: tuple[Step, ...] = ("abcE", b"\xc3", "NDxyz", STOP)
+    asked = {"logprobs": True, "top_logprobs": 1} if kind == "chat" else {"logprobs": 1}
+    body = {**(CHAT if kind == "chat" else COMPLETION), **asked, "stop": ["D"]}
+    whole, _ = await post(*script, path=PATHS[kind], **body)
+    streamed, _ = await post(*script, path=PATHS[kind], **body, stream=True)
+    events = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+    parts = [choice["logprobs"] for event in events for choice in event["choices"] if choice["logprobs"]]
+    for name, value in whole.json()["choices"][0]["logprobs"].items():
+        if value is not None:
+            assert [each for part in parts for each in part[name]] == value
+            assert len(value) == len("abcE.ND")
 
 
 async def test_a_stop_string_ends_the_answer_and_the_request() -> None:
@@ -280,7 +338,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
             ("top_p", -1),
             ("top_k", -2),
             ("top_k", 1.5),
-            ("seed", 2**63),
             ("seed", 1.5),
             ("seed", "1"),
             ("stop", 5),
@@ -299,15 +356,28 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
             ("n", 0),
             ("n", True),
             ("best_of", 2),
-            ("logprobs", True),
-            ("logprobs", 0),
-            ("presence_penalty", 0.5),
-            ("frequency_penalty", -1),
-            ("logit_bias", {"5": 1}),
-            ("response_format", {"type": "json_object"}),
             ("metadata", {"a": "b"}),
-            ("repetition_penalty", 1.1),
-            ("min_p", 0.1),
+            ("presence_penalty", 2.5),
+            ("frequency_penalty", -3),
+            ("repetition_penalty", 0),
+            ("min_p", 1.5),
+            ("min_p", "0.1"),
+            ("min_tokens", -1),
+            ("min_tokens", 99),
+            ("logit_bias", {"five": 1}),
+            ("logit_bias", {str(VOCAB_SIZE): 1}),
+            ("logit_bias", [5]),
+            ("allowed_token_ids", []),
+            ("allowed_token_ids", [VOCAB_SIZE]),
+            ("bad_words", [""]),
+            ("bad_words", 5),
+            ("prompt_logprobs", 1),
+            ("logprobs", "yes"),
+            ("response_format", "json"),
+            ("structured_outputs", {}),
+            ("structured_outputs", {"regex": "a", "choice": ["b"]}),
+            ("guided_choice", []),
+            ("guided_regex", 5),
             ("echo", True),
             ("user", 5),
             ("cache_salt", 5),
@@ -324,6 +394,21 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"store": True}, "store"),
     ("chat", {"modalities": ["audio"]}, "modalities"),
     ("chat", {"top_logprobs": 5}, "top_logprobs"),
+    ("chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ("chat", {"logprobs": 1}, "logprobs"),
+    ("completion", {"logprobs": True}, "logprobs"),
+    ("completion", {"logprobs": 21}, "logprobs"),
+    ("chat", {"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    (
+        "chat",
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}},
+        "response_format.json_schema.schema",
+    ),
+    ("chat", {"response_format": {"type": "json_object"}, "guided_regex": "a"}, "response_format"),
+    ("chat", {"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+    ("chat", {"guided_regex": "a", "min_tokens": 1}, "min_tokens"),
+    ("chat", {"logit_bias": {"5": 101}}, "logit_bias[5]"),
+    ("chat", {"response_format": {"type": "xml"}}, "response_format.type"),
     ("chat", {"chat_template": "x"}, "chat_template"),
     ("chat", {"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
     ("chat", {"max_completion_tokens": 0}, "max_completion_tokens"),

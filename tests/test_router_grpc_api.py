@@ -7,12 +7,23 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from router_parts import EOS, LENGTH, MODEL, STOP, VOCAB_SIZE, ScriptedFleet, Step, raises, scripted_door
+from router_parts import (
+    EOS,
+    LENGTH,
+    MODEL,
+    STOP,
+    VOCAB_SIZE,
+    ScriptedFleet,
+    Step,
+    logprobs_of,
+    raises,
+    scripted_door,
+)
 
 from baton.clock import SystemClock
 from baton.errors import Cancelled, InvalidRequest, ModelNotFound, Overloaded, RequestTooLarge
 from baton.messages import CancelCall, CancelResult, GenerateChunk, ListWorkersCall, RouterGenerateCall
-from baton.request import RequestId, SamplingParams
+from baton.request import Grammar, GrammarKind, RequestId, SamplingParams, TokenBias, TokenSequence
 from baton.rpc import ROUTER_CANCEL, ROUTER_GENERATE, ROUTER_LIST_WORKERS, Channel, GrpcRpc
 from baton_router.grpc_api import RouterService
 
@@ -69,6 +80,37 @@ async def test_a_seed_is_kept_or_drawn() -> None:
     assert len(set(seeds)) == 4
 
 
+async def test_every_sampling_field_arrives_and_logprobs_come_back() -> None:
+    service, generator, _ = _service("hi", STOP)
+    sampling = SamplingParams(
+        max_tokens=8,
+        temperature=0.5,
+        top_p=0.5,
+        top_k=7,
+        seed=2**64 - 1,
+        stop=("x",),
+        stop_token_ids=(3,),
+        ignore_eos=True,
+        min_p=0.5,
+        presence_penalty=1.0,
+        frequency_penalty=-1.0,
+        repetition_penalty=1.5,
+        logit_bias=(TokenBias(3, 1.5),),
+        allowed_token_ids=(),
+        bad_words=(),
+        logprobs=3,
+        grammar=Grammar(GrammarKind.REGEX, "a+"),
+    )
+    chunks = await _chunks(service, replace(CALL, sampling=sampling))
+    assert generator.requests[0].sampling == sampling
+    assert chunks[0].logprobs == tuple(map(logprobs_of, b"hi"))
+    more = replace(
+        sampling, grammar=None, allowed_token_ids=(5,), bad_words=(TokenSequence((1, 2)),), min_tokens=2
+    )
+    await _chunks(service, replace(CALL, sampling=more))
+    assert generator.requests[1].sampling == more
+
+
 @pytest.mark.parametrize(
     ("change", "error", "param"),
     [
@@ -86,7 +128,14 @@ async def test_a_seed_is_kept_or_drawn() -> None:
         ({"sampling": SamplingParams(top_p=0)}, InvalidRequest, "top_p"),
         ({"sampling": SamplingParams(max_tokens=0)}, InvalidRequest, "max_tokens"),
         ({"sampling": SamplingParams(max_tokens=1000)}, RequestTooLarge, "prompt"),
-        ({"sampling": SamplingParams(min_p=0.5)}, InvalidRequest, "min_p"),
+        ({"sampling": SamplingParams(min_p=1.5)}, InvalidRequest, "min_p"),
+        ({"sampling": SamplingParams(logprobs=21)}, InvalidRequest, "logprobs"),
+        ({"sampling": SamplingParams(bad_words=(TokenSequence(()),))}, InvalidRequest, "bad_words"),
+        (
+            {"sampling": SamplingParams(logit_bias=(TokenBias(VOCAB_SIZE, 1.0),))},
+            InvalidRequest,
+            "logit_bias",
+        ),
         ({"sampling": SamplingParams(stop=("",))}, InvalidRequest, "stop"),
         ({"sampling": SamplingParams(stop_token_ids=(VOCAB_SIZE,))}, InvalidRequest, "stop_token_ids"),
     ],

@@ -14,6 +14,7 @@ from typing import Self
 
 from baton.clock import Clock
 from baton.engine.detokenizer import Delta, TokenText
+from baton.engine.sampling_state import check_sampling
 from baton.errors import (
     BatonError,
     InternalError,
@@ -22,7 +23,14 @@ from baton.errors import (
     RequestTooLarge,
     Unavailable,
 )
-from baton.request import FinishReason, Request, RequestId, SamplingParams
+from baton.request import (
+    FinishReason,
+    Request,
+    RequestId,
+    SamplingParams,
+    TokenLogprobs,
+    TokenSequence,
+)
 from baton.telemetry import event
 from baton.tokenizer import Tokenizer
 from baton_router.generation import Generator, Tokens
@@ -86,6 +94,17 @@ class FrontDoor:
                 f"stop_token_ids must be below {self.tokenizer.vocab_size}, the size of the vocabulary",
                 param="stop_token_ids",
             )
+
+    def check_sampling(self, sampling: SamplingParams) -> None:
+        """As the workers do, before any of them is asked."""
+        check_sampling(sampling, self.tokenizer.vocab_size)
+
+    def bad_words(self, words: Sequence[str]) -> tuple[TokenSequence, ...]:
+        """Each as it is written at the start of a text and after a space. Other ways to make the word of tokens are
+        not found."""
+        encode = self.tokenizer.encode
+        sequences = [tuple(encode(text, False)) for word in words for text in (word, " " + word.lstrip())]
+        return tuple(TokenSequence(token_ids) for token_ids in dict.fromkeys(sequences) if token_ids)
 
     def max_tokens(self, num_prompt_tokens: int, asked: int | None, default: int | None, param: str) -> int:
         """How many tokens to generate at most; all that fit where neither `asked` nor `default` says otherwise.
@@ -175,6 +194,7 @@ class Answer:
         "_text",
         "_timeout_s",
         "finish_reason",
+        "logprobs",
         "num_output_tokens",
         "request",
         "status",
@@ -191,13 +211,15 @@ class Answer:
         self.user = user
         self.num_output_tokens = 0
         self.finish_reason: FinishReason | None = None
+        self.logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens read last, where they were asked for
         self.status = CLIENT_GONE  # as it is counted
         self._door = door
         self._arrival_s = arrival_s
         self._timeout_s = timeout_s
         self._first_token_s: float | None = None
         self._finished_s: float | None = None
-        self._text = door.token_text.stream(request.sampling.stop, request.stop_ids)
+        params = request.sampling
+        self._text = door.token_text.stream(params.stop, request.stop_ids, params.min_tokens)
 
     async def __aenter__(self) -> Self:
         self.request = self._door.opened(self.request)
@@ -231,6 +253,9 @@ class Answer:
         if self._first_token_s is None:
             self._first_token_s = self._door.clock.now()
         self.num_output_tokens += len(delta[1])
+        if self.request.sampling.logprobs is not None:
+            found = [each for item in items for each in item.logprobs]
+            self.logprobs = tuple(found[: len(delta[1])])
         if delta[2] is not None:
             self._finish(delta[2])
         return delta

@@ -19,7 +19,7 @@ from baton.rpc import ROUTER_CANCEL, ROUTER_GENERATE, ROUTER_LIST_WORKERS, Handl
 from baton_router.app import REQUEST_ID
 from baton_router.fleet_view import FleetView
 from baton_router.front_door import CLIENT_GONE, FrontDoor
-from baton_router.openai.schema import SamplingFields, validate
+from baton_router.openai.schema import MAX_LOGPROBS, SamplingFields, validate
 
 ENDPOINT = "baton.v1.Router/Generate"
 
@@ -64,7 +64,7 @@ class RouterService:
             async for items in answer.tokens:
                 first_index = answer.num_output_tokens
                 text, token_ids, finish_reason = answer.read(items)
-                yield GenerateChunk(first_index, token_ids, finish_reason, text)
+                yield GenerateChunk(first_index, token_ids, finish_reason, text, answer.logprobs)
                 if finish_reason is not None:
                     break
 
@@ -98,14 +98,17 @@ class RouterService:
         """Held to the limits of the HTTP API."""
         values = {field.name: getattr(asked, field.name) for field in dataclasses.fields(asked)}
         known = {name: _as_json(values.pop(name)) for name in SamplingFields.model_fields}
-        for name, value in values.items():
-            if value != getattr(SamplingParams(), name):
-                raise InvalidRequest(f"{name}: not supported here", param=name)
         known["seed"] = None  # any 64 bits are right
+        known["allowed_token_ids"] = known["allowed_token_ids"] or None
+        if asked.logprobs is not None and asked.logprobs > MAX_LOGPROBS:
+            raise InvalidRequest(f"logprobs: must be at most {MAX_LOGPROBS}", param="logprobs")
         fields = validate(SamplingFields, known)
         self._door.check_stop_token_ids(asked.stop_token_ids)
         max_tokens = self._door.max_tokens(num_prompt_tokens, asked.max_tokens, None, "prompt")
-        return fields.sampling(max_tokens, self._door.draw_seed() if asked.seed is None else asked.seed)
+        seed = self._door.draw_seed() if asked.seed is None else asked.seed
+        sampling = dataclasses.replace(fields.sampling(max_tokens, seed), **values)
+        self._door.check_sampling(sampling)
+        return sampling
 
 
 def _as_json(value: object) -> object:

@@ -66,17 +66,27 @@ class TokenText:
             return bytes([piece])
         return piece.encode() if isinstance(piece, str) else piece or b""
 
-    def stream(self, stop: Sequence[str] = (), stop_ids: frozenset[int] = frozenset()) -> "TextStream":
-        return TextStream(self.detokenizer(), stop, stop_ids)
+    def label(self, token_id: int) -> bytes:
+        """What the token is called: its bytes, or the name of a special token."""
+        return self.token_bytes(token_id) or (self._tokenizer.id_to_token(token_id) or "").encode()
+
+    def stream(
+        self, stop: Sequence[str] = (), stop_ids: frozenset[int] = frozenset(), min_tokens: int = 0
+    ) -> "TextStream":
+        return TextStream(self.detokenizer(), stop, stop_ids, min_tokens)
 
 
 class TextStream:
     """One request's output. A stop string ends the text before it, wherever token borders fall; the token
-    that completed it is the last one counted. The token that ended a request (`stop_ids`) has no text."""
+    that completed it is the last one counted. The token that ended a request (`stop_ids`) has no text.
+    Stop strings are not looked for in the text of the first `min_tokens`."""
 
-    __slots__ = ("_detokenizer", "_stop", "_stop_ids")
+    __slots__ = ("_detokenizer", "_num_unsearched", "_stop", "_stop_ids")
 
-    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str], stop_ids: frozenset[int]) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer, stop: Sequence[str], stop_ids: frozenset[int], min_tokens: int = 0
+    ) -> None:
+        self._num_unsearched = min_tokens
         self._detokenizer = detokenizer
         self._stop = StopStrings(stop) if stop else None
         self._stop_ids = stop_ids
@@ -99,7 +109,12 @@ class TextStream:
     ) -> Delta:
         text = ""
         for num_used, token_id in enumerate(self._visible(token_ids, finish_reason), start=1):
-            part, matched = stop.push(self._detokenizer.push((token_id,)))
+            piece = self._detokenizer.push((token_id,))
+            if self._num_unsearched > 0:
+                self._num_unsearched -= 1
+                text += piece
+                continue
+            part, matched = stop.push(piece)
             text += part
             if matched:
                 return text, token_ids[:num_used], FinishReason.STOP

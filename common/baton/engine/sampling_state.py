@@ -50,7 +50,7 @@ class SamplingState:
         self.bias_ids = np.array([bias.token_id for bias in params.logit_bias], dtype=np.int64)
         self.biases = np.array([bias.bias for bias in params.logit_bias], dtype=np.float32)
         self._allowed = _bitmask(params.allowed_token_ids, vocab_size) if params.allowed_token_ids else None
-        self._stop_ids = tuple(sorted(request.stop_ids))
+        self._stop_ids = tuple(sorted(i for i in request.stop_ids if i < vocab_size))
         self._output: list[int] = []
 
     def append(self, token_id: int) -> None:
