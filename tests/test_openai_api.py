@@ -965,3 +965,11 @@ async def test_many_at_once_get_their_own_answers() -> None:
             *(client.post(url, json={"model": MODEL, "prompt": text}) for text in texts)
         )
     assert [response.json()["choices"][0]["text"] for response in responses] == texts
+
+
+async def test_the_block_ledgers_of_all_workers_and_of_those_that_do_not_answer() -> None:
+    door, _ = scripted_door()
+    async with client_of(create_app(door, ScriptedFleet())) as client:
+        workers = (await client.get("/debug/blocks")).json()["workers"]
+        assert workers["decode-0"]["holders"][0]["purpose"] == "running"
+        assert workers["prefill-0"] == {"error": "gone"}

@@ -117,6 +117,10 @@ async def test_health_metrics_and_the_record_of_a_request(stack: Stack) -> None:
         assert (health["status"], health["transport"], health["index"]["kind"]) == ("ok", "tcp", "memory")
         assert len(health["pairs"]) == 4
         assert (await client.get("/ready")).status_code == 200
+        ledgers = (await client.get("/debug/blocks")).json()["workers"]
+        assert set(ledgers) == {"prefill-0", "prefill-1", "decode-0", "decode-1"}
+        for ledger in ledgers.values():
+            assert ledger["num_used"] + ledger["num_free"] == ledger["num_blocks"]
         metrics = (await client.get("/metrics")).text
         assert 'baton_router_transport_info{transport="tcp"} 1.0' in metrics
         assert "baton_router_time_to_first_token_seconds_bucket" in metrics

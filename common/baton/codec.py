@@ -360,6 +360,9 @@ PROTOS: Mapping[type, type[Message]] = {
     m.PrefillResult: prefill_pb2.PrefillResponse,
     m.WorkerStatus: status_pb2.WorkerStatus,
     m.StatusCall: status_pb2.StatusGetRequest,  # and StatusWatchRequest, which reads the same
+    m.Holder: status_pb2.Holder,
+    m.BlocksCall: status_pb2.BlocksRequest,
+    m.BlockLedger: status_pb2.BlocksResponse,
     m.RouterGenerateCall: router_pb2.RouterGenerateRequest,
     m.CancelCall: router_pb2.CancelRequest,
     m.CancelResult: router_pb2.CancelResponse,

@@ -4,7 +4,7 @@ the in-process RPC hands them over as they are, so all of them are immutable."""
 import enum
 from dataclasses import dataclass, field
 
-from baton.request import FinishReason, Request, RequestId, SamplingParams, TokenLogprobs, WorkerId
+from baton.request import BlockId, FinishReason, Request, RequestId, SamplingParams, TokenLogprobs, WorkerId
 
 
 class Role(enum.StrEnum):
@@ -205,6 +205,45 @@ class WorkerStatus:
     snapshot: bool = False
     added: tuple[bytes, ...] = ()
     removed: tuple[bytes, ...] = ()
+
+
+class Purpose(enum.StrEnum):
+    """Why blocks are in use. Cached blocks are not: they are free and have a name."""
+
+    RUNNING = "running"  # the engine computes with them
+    RECEIVING = "receiving"  # reserved; a prefill worker writes to them, or will
+    LEASED = "leased"  # computed; kept until the hand-over to a decode worker ended
+    DRAINING = "draining"  # given up; a transport may still write to them
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds blocks. One block may have several holders: they share a prefix."""
+
+    request_id: RequestId
+    purpose: Purpose
+    block_ids: tuple[BlockId, ...]
+    held_s: float  # since they were taken
+    epoch: int = 0  # of the hand-over, if there is one
+    lease_left_s: float | None = None  # until the hand-over expires unless something comes
+    note: str = ""  # what a person should know
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksCall:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLedger:
+    """num_used + num_free == num_blocks, always. num_cached blocks, used or free, have a name that prompts match."""
+
+    worker_id: WorkerId
+    num_blocks: int
+    num_used: int
+    num_free: int
+    num_cached: int
+    holders: tuple[Holder, ...]
 
 
 @dataclass(frozen=True, slots=True)

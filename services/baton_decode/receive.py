@@ -6,12 +6,13 @@ expects a hand-over, waits for it, and ends it; blocks go back to the pool only 
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from baton.clock import Clock
 from baton.errors import TransferError, TransferRefused
 from baton.events import Emit
 from baton.kv.layout import BlockStorage
+from baton.messages import Holder, Purpose
 from baton.request import BlockId, RequestId
 from baton.transfer.digest import mismatch, piece_digest
 from baton.transfer.report import OnTransfer, Outcome, TransferReport, ignore
@@ -113,6 +114,25 @@ class Receiver:
                     hand_over.num_mismatches,
                 )
             )
+
+    def explain(self, holder: Holder) -> Holder:
+        """For the block ledger: what is known of the hand-over into these blocks."""
+        expected = self._expected.get(holder.request_id)
+        if expected is None:
+            return holder
+        hand_over = expected.hand_over
+        if hand_over.ending is not None:
+            note = (
+                f"{hand_over.ending.name.lower()}: {hand_over.reason}; {hand_over.num_open} pieces still open"
+            )
+            return replace(holder, purpose=Purpose.DRAINING, epoch=hand_over.epoch, note=note)
+        wanted = len(hand_over.block_ids) - hand_over.first_block
+        return replace(
+            holder,
+            epoch=hand_over.epoch,
+            lease_left_s=hand_over.lease_end_s - self._clock.now(),
+            note=f"{hand_over.num_blocks_received} of {wanted} blocks have begun to arrive",
+        )
 
     @property
     def num_expected(self) -> int:

@@ -59,6 +59,7 @@ class DecodeService:
         self.clock = clock
         self.emit = emit
         self.heartbeat_s = heartbeat_s
+        worker.explain(receiver.explain)
 
     def handlers(self) -> Handlers:
         return {SESSION: self.session, DECODE_GENERATE: self.generate}

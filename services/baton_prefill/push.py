@@ -60,7 +60,7 @@ class Push:
         self.num_bytes = 0
         self.num_pieces = 0
         self.num_mismatches = 0  # pieces that were sent again
-        self._ticket = ticket
+        self.ticket = ticket
         self._num_prompt_tokens = num_prompt_tokens
         self._storage = storage
         self._clock = clock
@@ -97,7 +97,7 @@ class Push:
     async def run(self, connections: Connections) -> None:
         """Returns when the receiver acknowledged everything. Raises TransferError; cancelling it is safe: when it has
         returned or raised, no transport reads the source blocks any more."""
-        connection = await connections.get(self._ticket.address)
+        connection = await connections.get(self.ticket.address)
         in_flight = asyncio.Semaphore(MAX_IN_FLIGHT)
         sequence = 0
         try:
@@ -136,8 +136,8 @@ class Push:
         )  # fmt: skip
         last = self._first_token is not None and not self._outgoing.has_ready
         return PieceHeader(
-            request_id=self._ticket.request_id,
-            epoch=self._ticket.epoch,
+            request_id=self.ticket.request_id,
+            epoch=self.ticket.epoch,
             sequence=sequence,
             layer_start=layer_start,
             layer_end=layer_end,
@@ -174,7 +174,7 @@ class Push:
                 self.num_mismatches += 1
                 self._emit(
                     "piece.mismatch", request=header.request_id, piece=header.sequence, bytes=header.num_bytes,
-                    to=self._ticket.worker_id, transport=self._ticket.transport, address=self._ticket.address,
+                    to=self.ticket.worker_id, transport=self.ticket.transport, address=self.ticket.address,
                     again=num_left > 0,
                 )  # fmt: skip
                 if not num_left:

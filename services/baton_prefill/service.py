@@ -11,7 +11,7 @@ keeps what is computed as cached prefix) is called for a request only after its 
 """
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from baton.clock import Clock
 from baton.config import TransferConfig
@@ -20,7 +20,7 @@ from baton.engine.worker import Worker
 from baton.errors import BatonError, InternalError, TransferError
 from baton.events import Emit
 from baton.kv.layout import BlockStorage
-from baton.messages import PrefillCall, PrefillResult, Ticket
+from baton.messages import Holder, PrefillCall, PrefillResult, Ticket
 from baton.request import FinishReason, RequestId
 from baton.rpc import PREFILL, Handlers
 from baton.transfer.base import Transport
@@ -64,8 +64,19 @@ class PrefillService:
         self._jobs: dict[RequestId, _Job] = {}
         self._pushes: dict[asyncio.Task[Outcome], None] = {}  # in the order they were made
         worker.listen(self._on_step)
+        worker.explain(self._explain)
         ends = layer_group_ends(storage.layout.num_layers, config.num_layer_groups)
         worker.engine.listen_to_layers(ends, self._on_layers)
+
+    def _explain(self, holder: Holder) -> Holder:
+        """For the block ledger: where these blocks are being sent to."""
+        job = self._jobs.get(holder.request_id)
+        if job is None:
+            return holder
+        ticket = job.push.ticket
+        return replace(
+            holder, epoch=ticket.epoch, note=f"sending to {ticket.worker_id} over {ticket.transport}"
+        )
 
     def handlers(self) -> Handlers:
         return {PREFILL: self.prefill}

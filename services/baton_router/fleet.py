@@ -9,13 +9,15 @@ from baton.errors import BatonError
 from baton.events import Emit
 from baton.index.base import BlocksChanged, PrefixIndex, WorkerJoined, WorkerLeft
 from baton.kv.block import BlockHash
-from baton.messages import Role, StatusCall, WorkerRecord, WorkerStatus
+from baton.messages import BlockLedger, Role, StatusCall, WorkerRecord, WorkerStatus
 from baton.request import WorkerId
 from baton.rpc import STATUS_WATCH, Rpc
 from baton_router.fleet_view import IndexHealth
 from baton_router.mirror import PrefixMirror
 from baton_router.placement import can_pair
 from baton_router.workers import RECONNECT_S, Link
+
+LEDGER_TIMEOUT_S = 2.0
 
 
 class Fleet:
@@ -58,6 +60,18 @@ class Fleet:
         prefills = [record for record in records if Role.PREFILL in record.roles]
         decodes = [record for record in records if Role.DECODE in record.roles]
         return [(p, d) for p in prefills for d in decodes if can_pair(p, d)]
+
+    async def blocks(self) -> dict[WorkerId, BlockLedger | BatonError]:
+        """Every worker's block ledger, or why it did not answer."""
+        worker_ids = sorted(self._links)
+        asked = (self._links[worker_id][0].blocks(LEDGER_TIMEOUT_S) for worker_id in worker_ids)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        ledgers: dict[WorkerId, BlockLedger | BatonError] = {}
+        for worker_id, answer in zip(worker_ids, answers, strict=True):
+            if not isinstance(answer, BlockLedger | BatonError):
+                raise answer
+            ledgers[worker_id] = answer
+        return ledgers
 
     def index_health(self) -> IndexHealth:
         if self._index is None:

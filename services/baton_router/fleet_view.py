@@ -1,10 +1,12 @@
 """What the front doors may know of the fleet, and whether it could serve a request now."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from baton.messages import Role, WorkerRecord
+from baton.errors import BatonError
+from baton.messages import BlockLedger, Role, WorkerRecord
+from baton.request import WorkerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,10 @@ class FleetView(Protocol):
         ...
 
     def index_health(self) -> IndexHealth: ...
+
+    async def blocks(self) -> Mapping[WorkerId, BlockLedger | BatonError]:
+        """Asks every worker who holds its blocks."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ from baton.clock import Clock
 from baton.errors import BatonError, InternalError, Unavailable, WorkerLost, from_code
 from baton.events import Emit
 from baton.messages import (
+    BlockLedger,
+    BlocksCall,
     Cancel,
     Failure,
     Heartbeat,
@@ -33,7 +35,7 @@ from baton.messages import (
     WorkerRecord,
 )
 from baton.request import FinishReason, Request, TokenLogprobs
-from baton.rpc import PREFILL, SESSION, STATUS_WATCH, Rpc
+from baton.rpc import PREFILL, SESSION, STATUS_BLOCKS, STATUS_WATCH, Rpc
 from baton_router.generation import Tokens, TokenStream
 
 RECONNECT_S = 0.25
@@ -221,6 +223,9 @@ class Link:
             raise WorkerLost(f"prefill worker {self.record.worker_id} was lost: {error.message}") from error
         finally:
             self.num_dispatched_tokens -= call.request.num_prompt_tokens
+
+    async def blocks(self, timeout_s: float) -> BlockLedger:
+        return await self._channel.unary(STATUS_BLOCKS, BlocksCall(), timeout_s=timeout_s)
 
     def depend(self, attempt: Attempt) -> None:
         """Until its KV was received, this attempt dies with this worker."""

@@ -185,6 +185,10 @@ class Engine:
     def cached_hashes(self) -> Iterator[BlockHash]:
         return self._kv.cached_hashes()
 
+    def owners(self) -> Iterator[Sequence]:
+        """Every sequence that holds blocks."""
+        return self._kv.owners()
+
     @property
     def num_used_blocks(self) -> int:
         return self._kv.num_used_blocks

@@ -12,19 +12,29 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 
 from baton.clock import Clock
-from baton.engine.batch import StepOutput
+from baton.engine.batch import Sequence, SequenceStatus, StepOutput
 from baton.engine.engine import Engine
 from baton.errors import Unavailable
 from baton.events import Emit
 from baton.index.base import PrefixIndex
 from baton.kv.block import BlockHash
-from baton.messages import StatusCall, WorkerRecord, WorkerStatus
-from baton.rpc import STATUS_GET, STATUS_WATCH, Handlers, Rpc
+from baton.messages import (
+    BlockLedger,
+    BlocksCall,
+    Holder,
+    Purpose,
+    StatusCall,
+    WorkerRecord,
+    WorkerStatus,
+)
+from baton.rpc import STATUS_BLOCKS, STATUS_GET, STATUS_WATCH, Handlers, Rpc
 
+Explainer = Callable[[Holder], Holder]
 StepListener = Callable[[StepOutput], None]
 Ready = Callable[[WorkerRecord], None]
 
 _COALESCE_S = 0.02
+_PURPOSES = {SequenceStatus.RESERVED: Purpose.RECEIVING, SequenceStatus.HELD: Purpose.LEASED}
 
 
 @dataclass(slots=True)
@@ -77,6 +87,7 @@ class Worker:
         self._lease_s = lease_s
         self._heartbeat_s = heartbeat_s
         self._listeners: list[StepListener] = []
+        self._explainers: list[Explainer] = []
         self._subscribers: list[_Changes] = []
         self._progress = asyncio.Event()  # a step ended, or blocks came back between steps
         self.index_reachable = index is not None
@@ -225,7 +236,30 @@ class Worker:
     # --- the Status service ---
 
     def status_handlers(self) -> Handlers:
-        return {STATUS_GET: self._get, STATUS_WATCH: self._watch}
+        return {STATUS_GET: self._get, STATUS_WATCH: self._watch, STATUS_BLOCKS: self._blocks}
+
+    def explain(self, explainer: Explainer) -> None:
+        """Role services know more of a request's blocks than the engine: lease, epoch, what is on the wire."""
+        self._explainers.append(explainer)
+
+    async def _blocks(self, call: BlocksCall) -> BlockLedger:
+        engine, now_s = self.engine, self._clock.now()
+        return BlockLedger(
+            worker_id=self._record.worker_id,
+            num_blocks=engine.num_blocks,
+            num_used=engine.num_used_blocks,
+            num_free=engine.num_blocks - engine.num_used_blocks,
+            num_cached=sum(1 for _ in engine.cached_hashes()),
+            holders=tuple(self._holder(sequence, now_s) for sequence in engine.owners()),
+        )
+
+    def _holder(self, sequence: Sequence, now_s: float) -> Holder:
+        purpose = _PURPOSES.get(sequence.status, Purpose.RUNNING)
+        blocks = tuple(sequence.block_table)
+        holder = Holder(sequence.request_id, purpose, blocks, now_s - sequence.admitted_s)
+        for explain in self._explainers:
+            holder = explain(holder)
+        return holder
 
     async def _get(self, call: StatusCall) -> WorkerStatus:
         return self._status(sequence=0)

@@ -101,6 +101,10 @@ class KVCacheManager:
         sequence.num_computed_tokens = 0
         self._owners.pop(sequence, None)
 
+    def owners(self) -> Iterator[Sequence]:
+        """Every sequence that holds blocks, an aborted one whose step still runs among them."""
+        return iter(self._owners)
+
     def cached_hashes(self) -> Iterator[BlockHash]:
         return self._pool.cached_hashes()
 

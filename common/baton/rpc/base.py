@@ -64,6 +64,9 @@ STATUS_GET: Method[m.StatusCall, m.WorkerStatus] = Method(
 STATUS_WATCH: Method[m.StatusCall, m.WorkerStatus] = Method(
     "baton.v1.Status", "Watch", Kind.SERVER_STREAM, m.StatusCall, m.WorkerStatus
 )
+STATUS_BLOCKS: Method[m.BlocksCall, m.BlockLedger] = Method(
+    "baton.v1.Status", "Blocks", Kind.UNARY, m.BlocksCall, m.BlockLedger
+)
 ROUTER_GENERATE: Method[m.RouterGenerateCall, m.GenerateChunk] = Method(
     "baton.v1.Router", "Generate", Kind.SERVER_STREAM, m.RouterGenerateCall, m.GenerateChunk
 )

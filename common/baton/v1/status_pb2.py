@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import worker_pb2 as baton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/status.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/worker.proto\"\x93\x01\n\x0cWorkerStatus\x12&\n\x06record\x18\x01 \x01(\x0b\x32\x16.baton.v1.WorkerRecord\x12\x17\n\x0fnum_used_blocks\x18\x02 \x01(\x04\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x10\n\x08snapshot\x18\x04 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x05 \x03(\x0c\x12\x0f\n\x07removed\x18\x06 \x03(\x0c\"\"\n\x10StatusGetRequest\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x08\";\n\x11StatusGetResponse\x12&\n\x06status\x18\x01 \x01(\x0b\x32\x16.baton.v1.WorkerStatus\"$\n\x12StatusWatchRequest\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x08\"=\n\x13StatusWatchResponse\x12&\n\x06status\x18\x01 \x01(\x0b\x32\x16.baton.v1.WorkerStatus2\x90\x01\n\x06Status\x12>\n\x03Get\x12\x1a.baton.v1.StatusGetRequest\x1a\x1b.baton.v1.StatusGetResponse\x12\x46\n\x05Watch\x12\x1c.baton.v1.StatusWatchRequest\x1a\x1d.baton.v1.StatusWatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/status.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/worker.proto\"\x93\x01\n\x0cWorkerStatus\x12&\n\x06record\x18\x01 \x01(\x0b\x32\x16.baton.v1.WorkerRecord\x12\x17\n\x0fnum_used_blocks\x18\x02 \x01(\x04\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x10\n\x08snapshot\x18\x04 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x05 \x03(\x0c\x12\x0f\n\x07removed\x18\x06 \x03(\x0c\"\"\n\x10StatusGetRequest\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x08\";\n\x11StatusGetResponse\x12&\n\x06status\x18\x01 \x01(\x0b\x32\x16.baton.v1.WorkerStatus\"$\n\x12StatusWatchRequest\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x08\"=\n\x13StatusWatchResponse\x12&\n\x06status\x18\x01 \x01(\x0b\x32\x16.baton.v1.WorkerStatus\"\xac\x01\n\x06Holder\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\"\n\x07purpose\x18\x02 \x01(\x0e\x32\x11.baton.v1.Purpose\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x0e\n\x06held_s\x18\x04 \x01(\x01\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x19\n\x0clease_left_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04note\x18\x07 \x01(\tB\x0f\n\r_lease_left_s\"\x0f\n\rBlocksRequest\"\x92\x01\n\x0e\x42locksResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\x04\x12\x10\n\x08num_used\x18\x03 \x01(\x04\x12\x10\n\x08num_free\x18\x04 \x01(\x04\x12\x12\n\nnum_cached\x18\x05 \x01(\x04\x12!\n\x07holders\x18\x06 \x03(\x0b\x32\x10.baton.v1.Holder*x\n\x07Purpose\x12\x17\n\x13PURPOSE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPURPOSE_RUNNING\x10\x01\x12\x15\n\x11PURPOSE_RECEIVING\x10\x02\x12\x12\n\x0ePURPOSE_LEASED\x10\x03\x12\x14\n\x10PURPOSE_DRAINING\x10\x04\x32\xcd\x01\n\x06Status\x12>\n\x03Get\x12\x1a.baton.v1.StatusGetRequest\x1a\x1b.baton.v1.StatusGetResponse\x12\x46\n\x05Watch\x12\x1c.baton.v1.StatusWatchRequest\x1a\x1d.baton.v1.StatusWatchResponse0\x01\x12;\n\x06\x42locks\x12\x17.baton.v1.BlocksRequest\x1a\x18.baton.v1.BlocksResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.status_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_PURPOSE']._serialized_start=747
+  _globals['_PURPOSE']._serialized_end=867
   _globals['_WORKERSTATUS']._serialized_start=59
   _globals['_WORKERSTATUS']._serialized_end=206
   _globals['_STATUSGETREQUEST']._serialized_start=208
@@ -42,6 +44,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSWATCHREQUEST']._serialized_end=341
   _globals['_STATUSWATCHRESPONSE']._serialized_start=343
   _globals['_STATUSWATCHRESPONSE']._serialized_end=404
-  _globals['_STATUS']._serialized_start=407
-  _globals['_STATUS']._serialized_end=551
+  _globals['_HOLDER']._serialized_start=407
+  _globals['_HOLDER']._serialized_end=579
+  _globals['_BLOCKSREQUEST']._serialized_start=581
+  _globals['_BLOCKSREQUEST']._serialized_end=596
+  _globals['_BLOCKSRESPONSE']._serialized_start=599
+  _globals['_BLOCKSRESPONSE']._serialized_end=745
+  _globals['_STATUS']._serialized_start=870
+  _globals['_STATUS']._serialized_end=1075
 # @@protoc_insertion_point(module_scope)

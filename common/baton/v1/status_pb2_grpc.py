@@ -45,6 +45,11 @@ class StatusStub:
                 request_serializer=baton_dot_v1_dot_status__pb2.StatusWatchRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_status__pb2.StatusWatchResponse.FromString,
                 _registered_method=True)
+        self.Blocks = channel.unary_unary(
+                '/baton.v1.Status/Blocks',
+                request_serializer=baton_dot_v1_dot_status__pb2.BlocksRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_status__pb2.BlocksResponse.FromString,
+                _registered_method=True)
 
 
 class StatusServicer:
@@ -65,6 +70,13 @@ class StatusServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Blocks(self, request, context):
+        """Who holds which blocks, why, and since when.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StatusServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_StatusServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=baton_dot_v1_dot_status__pb2.StatusWatchRequest.FromString,
                     response_serializer=baton_dot_v1_dot_status__pb2.StatusWatchResponse.SerializeToString,
+            ),
+            'Blocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.Blocks,
+                    request_deserializer=baton_dot_v1_dot_status__pb2.BlocksRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_status__pb2.BlocksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +151,33 @@ class Status:
             '/baton.v1.Status/Watch',
             baton_dot_v1_dot_status__pb2.StatusWatchRequest.SerializeToString,
             baton_dot_v1_dot_status__pb2.StatusWatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Blocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Status/Blocks',
+            baton_dot_v1_dot_status__pb2.BlocksRequest.SerializeToString,
+            baton_dot_v1_dot_status__pb2.BlocksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import baton
-from baton.errors import Cancelled, ModelNotFound
-from baton.messages import WorkerRecord
+from baton.errors import BatonError, Cancelled, ModelNotFound
+from baton.messages import BlockLedger, WorkerRecord
 from baton.request import Request as BatonRequest
 from baton.request import TokenLogprobs
 from baton_router.fleet_view import FleetView, pair_transport, readiness, transports_in_use
@@ -62,6 +62,7 @@ class Api:
         router.add_api_route("/ready", self.ready)
         router.add_api_route("/metrics", self.metrics)
         router.add_api_route("/version", self.version)
+        router.add_api_route("/debug/blocks", self.debug_blocks)
         router.add_api_route("/debug/requests/{request_id:path}", self.debug_request)
         return router
 
@@ -199,6 +200,12 @@ class Api:
     async def version(self) -> Response:
         return _json({"version": baton.__version__})
 
+    async def debug_blocks(self) -> Response:
+        """Who holds which KV blocks on every worker, why, and since when."""
+        ledgers = await self._fleet.blocks()
+        content = {worker_id: _ledger(ledger) for worker_id, ledger in ledgers.items()}
+        return _json({"workers": content})
+
     async def debug_request(self, request_id: str) -> Response:
         """How a request was served: by its x-request-id, or the id of its answer."""
         record = self._door.generator.record(request_id.removeprefix("chatcmpl-").removeprefix("cmpl-"))
@@ -247,6 +254,10 @@ def _usage(answer: Answer) -> dict[str, Any]:
         "total_tokens": num_prompt + num_output,
         "prompt_tokens_details": {"cached_tokens": answer.num_cached_tokens},
     }
+
+
+def _ledger(ledger: BlockLedger | BatonError) -> dict[str, Any]:
+    return {"error": ledger.message} if isinstance(ledger, BatonError) else dataclasses.asdict(ledger)
 
 
 def _worker(record: WorkerRecord, ready: bool) -> dict[str, Any]:
