@@ -173,6 +173,30 @@ async def test_one_corrupted_block_makes_the_answer_wrong(tokenizer: Tokenizer) 
         assert num_wrong >= 2
 
 
+async def test_a_bit_flipped_once_is_sent_again_and_the_answer_is_right(tokenizer: Tokenizer) -> None:
+    async with fleet_of("tcp", *PAIR) as fleet:
+        _, decode = workers(fleet)
+        close = decode.receiver.close
+        flipped: set[int] = set()
+
+        def close_flipped_once(header: PieceHeader, error: TransferError | None) -> None:
+            buffers = decode.receiver._expected[header.request_id].buffers[header.sequence]
+            if buffers and header.sequence not in flipped:
+                flipped.add(header.sequence)
+                buffers[-1][-1] ^= 1
+            close(header, error)
+
+        decode.receiver.close = close_flipped_once  # type: ignore[method-assign]
+        request, expected = question(tokenizer, 1)
+        assert answer(tokenizer, await fleet.ask(request)) == expected
+        assert decode.receiver.num_digest_mismatches == len(flipped) >= 2
+        await given_back(fleet)
+        assert {r.direction: (r.outcome, r.num_mismatches) for r in fleet.transfers} == {
+            "sent": ("ok", len(flipped)),
+            "received": ("ok", len(flipped)),
+        }
+
+
 async def test_a_bit_flipped_on_the_wire_never_becomes_a_token(tokenizer: Tokenizer) -> None:
     async with fleet_of("tcp", *PAIR) as fleet:
         _, decode = workers(fleet)
