@@ -80,12 +80,12 @@ class Reference:
         return self.margin > MIN_MARGIN
 
 
-def make_model(kind: str, directory: Path, seed: int = 0) -> Path:
+def make_model(kind: str, directory: Path, seed: int = 0, **shape: Any) -> Path:
     """A random model in Hugging Face format; `kind` is one of KINDS."""
     logging.disable_progress_bar()
     config_class, model_class, changes = KINDS[kind]
     torch.manual_seed(seed)
-    model = model_class(config_class(**{**_SHAPE, **changes}))
+    model = model_class(config_class(**{**_SHAPE, **changes, **shape}))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # zero after initialisation, which would hide that they are forgotten
             torch.nn.init.normal_(parameter, std=0.3)

@@ -3,14 +3,17 @@
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from baton.engine import sampler
+from baton.engine.penalties import adjust
 from baton.engine.sampler import gumbel, sample
-from baton.request import SamplingParams
+from baton.engine.sampling_state import SamplingState, needs_state
+from baton.request import Request, RequestId, SamplingParams, TokenBias, TokenSequence
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -174,3 +177,174 @@ def test_a_tiny_temperature_is_greedy() -> None:
     logits = _logits(8, 300)
     params = [SamplingParams(temperature=1e-9, seed=s) for s in range(8)]
     assert sample(logits, params, [0] * 8) == logits.argmax(-1).tolist()
+
+
+# --- what a request's own parameters make of the logits ---
+
+
+def _state(
+    params: SamplingParams,
+    *,
+    prompt: tuple[int, ...] = (0,),
+    output: tuple[int, ...] = (),
+    vocab_size: int = 50,
+    eos: tuple[int, ...] = (),
+) -> SamplingState:
+    state = SamplingState(Request(RequestId("r"), prompt, params, eos), vocab_size)
+    for token_id in output:
+        state.append(token_id)
+    return state
+
+
+def _adjusted(
+    logits: Tensor, prompt: tuple[int, ...], output: tuple[int, ...], p: SamplingParams
+) -> list[float]:
+    """Written as plainly as possible, in double precision."""
+    result = []
+    for token, logit in enumerate(logits.tolist()):
+        if token in prompt or token in output:
+            logit = logit / p.repetition_penalty if logit > 0 else logit * p.repetition_penalty
+        logit -= p.frequency_penalty * output.count(token) + p.presence_penalty * (token in output)
+        result.append(logit + sum(each.bias for each in p.logit_bias if each.token_id == token))
+    return result
+
+
+def test_penalties_and_biases_equal_their_definition() -> None:
+    rng = random.Random(0)
+    for trial in range(30):
+        rows = []
+        for _ in range(rng.randrange(1, 9)):
+            params = SamplingParams(
+                presence_penalty=rng.choice([0.0, 1.5, -0.5]),
+                frequency_penalty=rng.choice([0.0, 0.25, -1.0]),
+                repetition_penalty=rng.choice([1.0, 1.3, 0.7]),
+                logit_bias=tuple(TokenBias(i, rng.uniform(-5, 5)) for i in rng.sample(range(50), 3)),
+            )
+            prompt, output = (tuple(rng.choices(range(50), k=rng.randrange(1, 40))) for _ in range(2))
+            rows.append((prompt, output, params))
+        logits = _logits(len(rows) + 1, 50, seed=trial)
+        expected = [_adjusted(row, *given) for row, given in zip(logits, rows, strict=False)]
+        adjusted = logits.clone()
+        states = [_state(params, prompt=prompt, output=output) for prompt, output, params in rows]
+        adjust(adjusted, list(enumerate(states)))
+        torch.testing.assert_close(adjusted[:-1], torch.tensor(expected), atol=1e-5, rtol=1e-5)
+        assert torch.equal(adjusted[-1], logits[-1]), "a row without a state was changed"
+
+
+def test_a_state_told_token_by_token_is_one_told_at_once() -> None:
+    """What a worker rebuilds is what another one had."""
+    rng = random.Random(1)
+    params = SamplingParams(frequency_penalty=0.5, repetition_penalty=1.2)
+    tokens = tuple(rng.choices(range(50), k=300))
+    slow = _state(params, prompt=(3, 3, 4), output=tokens[:150])
+    for token_id in tokens[150:]:
+        slow.append(token_id)
+    fast = _state(params, prompt=(3, 3, 4), output=tokens)
+    assert slow.counts is not None and fast.counts is not None
+    assert slow.counts.token_ids.tolist() == fast.counts.token_ids.tolist()
+    counted = dict(zip(fast.counts.token_ids.tolist(), fast.counts.output_counts.tolist(), strict=True))
+    assert counted == {**dict.fromkeys((3, 4), 0), **Counter(tokens)}
+
+
+def test_only_allowed_tokens_are_drawn() -> None:
+    params = [SamplingParams(allowed_token_ids=(3, 17, 49), seed=seed) for seed in range(200)]
+    states = [_state(each) for each in params]
+    drawn = Counter(sample(_logits(1, 50, scale=1.0).repeat(200, 1), params, [0] * 200, states))
+    assert set(drawn) == {3, 17, 49}
+
+
+def test_bad_words_are_never_completed() -> None:
+    words = (TokenSequence((1, 2)), TokenSequence((2,)), TokenSequence((3, 3, 4)))
+    params = SamplingParams(bad_words=words)
+    for output, forbidden in (
+        ((), {2}),
+        ((1,), {2}),
+        ((3,), {2}),
+        ((3, 3), {2, 4}),
+        ((9, 3, 3), {2, 4}),
+        ((3, 3, 9), {2}),
+    ):
+        assert set(_state(params, output=output).forbidden()) == forbidden
+
+
+def test_stop_tokens_wait_for_min_tokens() -> None:
+    params = SamplingParams(min_tokens=2, stop_token_ids=(7,), temperature=0)
+    logits = torch.zeros(1, 50)
+    logits[0, [7, 9]] = torch.tensor([5.0, 6.0])
+    logits[0, 11] = 1
+    drawn = [
+        sample(logits.clone(), [params], [0], [_state(params, output=output, eos=(9, 999))])[0]
+        for output in ((), (1,), (1, 1))
+    ]
+    assert drawn == [11, 11, 9]
+
+
+def test_min_p_keeps_what_is_likely_enough() -> None:
+    for vocab_size in (40, 1100):
+        logits = _logits(1, vocab_size, seed=3, scale=0.8)
+        probs = logits[0].double().softmax(-1)
+        kept = set((probs >= 0.2 * probs.max()).nonzero()[:, 0].tolist())
+        assert 1 < len(kept) < vocab_size
+        drawn = _draw_many(logits, 4000, temperature=1.0, min_p=0.2)
+        assert set(drawn) == kept
+
+
+def test_log_probabilities_are_the_model_s_own() -> None:
+    logits = _logits(3, 50)
+    params = [
+        SamplingParams(temperature=0, logprobs=4, logit_bias=(TokenBias(5, 100.0),)),
+        SamplingParams(logprobs=0, seed=1),
+        GREEDY,
+    ]
+    states = [_state(params[0]), _state(params[1]), None]
+    tokens = sample(logits.clone(), params, [0] * 3, states)
+    expected = logits.double().log_softmax(-1)
+    assert tokens[0] == 5, "the bias decides"
+    said = [state.logprobs for state in states if state is not None]
+    assert [each is not None for each in said] == [True, True]
+    for row, each in enumerate(said):
+        assert each is not None
+        assert each.logprob == pytest.approx(expected[row, tokens[row]].item(), abs=1e-5)
+    assert said[0] is not None and said[1] is not None
+    assert said[0].top_token_ids == tuple(logits[0].topk(4).indices.tolist())
+    assert said[0].top_logprobs == pytest.approx(expected[0].topk(4).values.tolist(), abs=1e-5)
+    assert said[1].top_token_ids == ()
+
+
+def test_a_row_that_allows_nothing_is_told_from_one_without_numbers() -> None:
+    logits = _logits(3, 50)
+    logits[1, 4] = torch.nan
+    nothing = SamplingParams(allowed_token_ids=(6,), bad_words=(TokenSequence((6,)),), logprobs=1)
+    params = [nothing, nothing, GREEDY]
+    states = [_state(nothing), _state(nothing), None]
+    tokens = sample(logits, params, [0] * 3, states)
+    assert tokens == [sampler.NOTHING_ALLOWED, sampler.NO_NUMBER, logits[2].argmax().item()]
+    assert states[0] is not None and states[0].logprobs is None
+
+
+@pytest.mark.parametrize("vocab_size", [50, 2000])
+def test_a_row_with_a_state_does_not_depend_on_its_neighbours(vocab_size: int) -> None:
+    rng = random.Random(5)
+    params = [
+        replace(
+            each,
+            min_p=rng.choice([0.0, 0.05]),
+            presence_penalty=rng.choice([0.0, 1.0]),
+            repetition_penalty=rng.choice([1.0, 1.5]),
+            allowed_token_ids=rng.choice([(), tuple(range(40))]),
+            logit_bias=rng.choice([(), (TokenBias(1, 3.0),)]),
+        )
+        for each in _mixed_rows(rng, 20)
+    ] + _mixed_rows(rng, 4)
+    outputs = [tuple(rng.choices(range(50), k=rng.randrange(20))) for _ in params]
+    states = [
+        _state(each, output=output, vocab_size=vocab_size) if needs_state(each) else None
+        for each, output in zip(params, outputs, strict=True)
+    ]
+    assert None in states and any(states)
+    logits, positions = _logits(24, vocab_size), list(range(24))
+    together = sample(logits.clone(), params, positions, states)
+    alone = [
+        sample(logits[i : i + 1].clone(), [params[i]], [positions[i]], [states[i]])[0] for i in range(24)
+    ]
+    assert alone == together

@@ -1,0 +1,182 @@
+"""Answers of a model with random weights match the grammar they were asked to match, and what is wrong with a grammar
+is said before anything is generated."""
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import pytest
+from reference import make_model
+from router_parts import byte_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from baton.engine.structured import MAX_COMPILED, MAX_SOURCE_CHARS, Grammars
+from baton.errors import InternalError, InvalidRequest
+from baton.llm import LLM, RequestOutput
+from baton.request import FinishReason, Grammar, GrammarKind, SamplingParams
+
+BYTE_VOCAB_SIZE = 260
+EOS = 256
+NUM_SCHEMAS = 1000
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """One token per byte, and an end of sequence."""
+    directory = make_model("gqa", tmp_path_factory.mktemp("bytes"), vocab_size=BYTE_VOCAB_SIZE)
+    byte_tokenizer().backend.save(str(directory / "tokenizer.json"))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}))
+    with LLM(str(directory), num_blocks=1000, max_num_seqs=64) as llm:
+        yield llm
+
+
+def _json(schema: Any) -> Grammar:
+    return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema))
+
+
+def _random_schema(rng: random.Random, depth: int = 0) -> dict[str, Any]:
+    """Tiny; only what ends by itself, so that a random model comes to an end, too."""
+    leaves: list[dict[str, Any]] = [
+        {"type": "boolean"},
+        {"type": "null"},
+        {"type": "integer", "minimum": rng.randrange(-9, 1), "maximum": rng.randrange(1, 500)},
+        {"enum": [f"v{rng.randrange(5)}", rng.randrange(100), None]},
+        {"const": {"k": rng.randrange(10)}},
+        {"type": "string", "maxLength": rng.randrange(1, 6)},
+        {"type": "string", "pattern": f"^[a-f]{{1,{rng.randrange(2, 5)}}}$"},
+    ]
+    if depth == 2 or rng.random() < 0.3:
+        return rng.choice(leaves)
+    kind = rng.randrange(3)
+    if kind == 0:
+        size = rng.randrange(3)
+        items = _random_schema(rng, depth + 1)
+        return {"type": "array", "items": items, "minItems": size, "maxItems": size + rng.randrange(2)}
+    if kind == 1:
+        return {"anyOf": [_random_schema(rng, depth + 1) for _ in range(2)]}
+    names = [f"p{i}" for i in range(rng.randrange(4))]
+    return {
+        "type": "object",
+        "properties": {name: _random_schema(rng, depth + 1) for name in names},
+        "required": rng.sample(names, rng.randrange(len(names) + 1)),
+        "additionalProperties": False,
+    }
+
+
+def _generate(llm: LLM, grammars: list[Grammar], **sampling: Any) -> list[RequestOutput]:
+    params = [
+        SamplingParams(**{"max_tokens": 120, "seed": seed, "grammar": grammar, **sampling})
+        for seed, grammar in enumerate(grammars)
+    ]
+    outputs = llm.generate([[1, 2, seed % 200] for seed in range(len(grammars))], params)
+    llm.engine.check_integrity()
+    assert all(output.error == "" for output in outputs)
+    return outputs
+
+
+def test_every_answer_to_a_random_schema_validates(llm: LLM) -> None:
+    rng = random.Random(0)
+    schemas = [_random_schema(rng) for _ in range(NUM_SCHEMAS)]
+    outputs = _generate(llm, [_json(schema) for schema in schemas])
+    finished = [(s, o) for s, o in zip(schemas, outputs, strict=True) if o.finish_reason is FinishReason.STOP]
+    assert len(finished) > 0.8 * NUM_SCHEMAS, "the others ran out of tokens, most of them spaces"
+    for schema, output in finished:
+        jsonschema.validate(json.loads(output.text), schema)
+    assert len({output.text for _, output in finished}) > 0.3 * NUM_SCHEMAS
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "pattern"),
+    [
+        (GrammarKind.REGEX, "[a-c]{2,5}-[0-9]+x", "[a-c]{2,5}-[0-9]+x"),
+        (GrammarKind.REGEX, "(ab)?", "(ab)?"),
+        (GrammarKind.CHOICE, '["yes","no","ja \\"ä\\""]', 'yes|no|ja "ä"'),
+        (GrammarKind.LARK, 'start: "<" WORD ">"\nWORD: /[xyz]{3}/', "<[xyz]{3}>"),
+        (GrammarKind.LARK, 'root ::= "(" [0-9] ")"', r"\(\d\)"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_other_kinds_of_grammar(
+    llm: LLM, kind: GrammarKind, source: str, pattern: str, temperature: float
+) -> None:
+    outputs = _generate(llm, [Grammar(kind, source)] * 8, temperature=temperature)
+    ended = [output for output in outputs if output.finish_reason is FinishReason.STOP]
+    assert ended or temperature == 0, "a greedy model may say digits for ever"
+    for output in ended:
+        assert re.fullmatch(pattern, output.text), output.text
+
+
+def test_the_answer_ends_with_the_grammar(llm: LLM) -> None:
+    """Without an end-of-sequence token where nothing else may follow; a stop token as well ends it."""
+    [output] = _generate(llm, [_json({"const": [1, 2]})], ignore_eos=True, max_tokens=1000)
+    assert json.loads(output.text) == [1, 2] and output.finish_reason is FinishReason.STOP
+    assert output.token_ids[-1] == ord("]")
+    [output] = _generate(llm, [Grammar(GrammarKind.CHOICE, '["abc"]')])
+    assert output.token_ids == [*b"abc"] and output.finish_reason is FinishReason.STOP
+    [output] = _generate(llm, [Grammar(GrammarKind.CHOICE, '["abc"]')], stop_token_ids=(ord("b"),))
+    assert output.token_ids == [*b"ab"] and output.finish_reason is FinishReason.STOP
+    [output] = _generate(llm, [Grammar(GrammarKind.CHOICE, '["abc"]')], max_tokens=2)
+    assert output.token_ids == [*b"ab"] and output.finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("grammar", "why"),
+    [
+        (Grammar(GrammarKind.REGEX, "["), "cannot be compiled"),
+        (Grammar(GrammarKind.JSON_SCHEMA, "{"), "cannot be"),
+        (Grammar(GrammarKind.JSON_SCHEMA, "[]"), "cannot be"),
+        (_json({"type": "colour"}), "colour"),
+        (_json({"not": {"type": "null"}}), "not"),
+        (Grammar(GrammarKind.LARK, "start: nothing"), "nothing"),
+        (Grammar(GrammarKind.REGEX, "a" * (MAX_SOURCE_CHARS + 1)), "characters"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_bad_grammar_is_refused_and_nothing_is_left(llm: LLM, grammar: Grammar, why: str) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(why)) as caught:
+        llm.generate([[1]], SamplingParams(grammar=grammar))
+    assert caught.value.param == "grammar"
+    assert llm.engine.num_sequences == 0
+    llm.engine.check_integrity()
+
+
+@pytest.mark.parametrize("name", ["min_tokens", "allowed_token_ids"])
+def test_what_cannot_be_combined_is_refused(llm: LLM, name: str) -> None:
+    params = {"min_tokens": 2} if name == "min_tokens" else {"allowed_token_ids": (5,)}
+    with pytest.raises(InvalidRequest, match="structured") as caught:
+        llm.generate([[1]], SamplingParams(grammar=Grammar(GrammarKind.REGEX, "a+"), **params))  # type: ignore[arg-type]
+    assert caught.value.param == name
+
+
+def test_a_tokenizer_of_words_is_refused() -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = byte_tokenizer()
+    tokenizer.backend = words
+    with pytest.raises(InvalidRequest, match="BPE or Unigram"):
+        Grammars(lambda: tokenizer, 2).matcher(Grammar(GrammarKind.REGEX, "a"))
+
+
+def test_matchers_of_one_grammar_do_not_share_their_place() -> None:
+    grammars = Grammars(byte_tokenizer, BYTE_VOCAB_SIZE)
+    first, second = (grammars.matcher(Grammar(GrammarKind.REGEX, "abc")) for _ in range(2))
+    first.accept(ord("a"))
+    assert _allowed(first.mask()) == {ord("b")}
+    assert _allowed(second.mask()) == {ord("a")}
+    with pytest.raises(InternalError, match="refused token 99"):
+        second.accept(ord("c"))
+
+
+def test_only_the_last_grammars_are_kept() -> None:
+    grammars = Grammars(byte_tokenizer, BYTE_VOCAB_SIZE)
+    for number in range(MAX_COMPILED + 10):
+        grammars.matcher(Grammar(GrammarKind.REGEX, f"a{{{number + 1}}}"))
+    assert len(grammars._compiled) == MAX_COMPILED
+
+
+def _allowed(mask: Any) -> set[int]:
+    return {token for token in range(BYTE_VOCAB_SIZE) if mask[token // 32] >> token % 32 & 1}
