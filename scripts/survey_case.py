@@ -283,6 +283,8 @@ def _features(runner: Any) -> str:
     }
     if any(not layer.writes for layer in layers):
         features.add("shared KV")
+    if any(shape.v_dim == 0 for shape in runner.storage.layout.layers):
+        features.add("latent KV")
     config = runner._model.config
     if config.get_text_config(decoder=True) is not config:
         features.add("text only")

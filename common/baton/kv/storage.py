@@ -43,8 +43,12 @@ class KVStorage:
         start, end = self._layout.layer_offsets[index : index + 2]
         middle = start + size * layer.num_kv_heads * layer.k_dim * self._layout.element_bytes
         dtype = DTYPES[self._layout.dtype]
-        k = self.data[:, start:middle].view(dtype).view(-1, size, layer.num_kv_heads, layer.k_dim)
-        v = self.data[:, middle:end].view(dtype).view(-1, size, layer.num_kv_heads, layer.v_dim)
+        k = (
+            self.data[:, start:middle]
+            .view(dtype)
+            .view(self.num_blocks, size, layer.num_kv_heads, layer.k_dim)
+        )
+        v = self.data[:, middle:end].view(dtype).view(self.num_blocks, size, layer.num_kv_heads, layer.v_dim)
         return k, v
 
     def region(self, block_id: BlockId, layer_start: int, layer_end: int) -> memoryview:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from baton.errors import ConfigError
+from baton.model.mla import latent_of
 from baton_kernels import naive
 
 NAME = "baton_paged"
@@ -67,9 +68,12 @@ class PagedBatch:
         self.num_layers_seen += 1
         kv, k_cache, v_cache, window, writes = self.layers[module.layer_idx]  # type: ignore[index]
         if writes:
-            naive.write_kv(key.to(k_cache.dtype), value.to(v_cache.dtype), k_cache, v_cache, self.writes)
+            value_kept = value[..., : v_cache.shape[-1]].to(v_cache.dtype)
+            naive.write_kv(key.to(k_cache.dtype), value_kept, k_cache, v_cache, self.writes)
             if self.on_written is not None:
                 self.on_written(kv)
+        if v_cache.shape[-1] == 0:  # V is the front of K, see mla.py
+            v_cache = k_cache[..., : value.shape[-1]]
         query, scale = query.to(k_cache.dtype), options.scale
         extra: dict[str, Any] = {"softcap": options.softcap, "sinks": options.sinks}
         outs = []
@@ -80,6 +84,21 @@ class PagedBatch:
             chunk, plan = query[start:end], plans[window]
             outs.append(naive.paged_prefill_attention(chunk, k_cache, v_cache, plan, scale, **extra))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+class Relay:
+    """Where the attention modules of a model find the step when its code does not hand keyword arguments down to
+    them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.step: Attend | None = None
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                module.baton_relay = self  # type: ignore[assignment]
+        model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.step = kwargs["baton_batch"]
 
 
 def register() -> None:
@@ -104,8 +123,15 @@ def paged_attention(
 ) -> tuple[Tensor, None]:
     """[1, T, H, Dv]."""
     if baton_batch is None:
+        baton_batch = getattr(getattr(module, "baton_relay", None), "step", None)
+    if baton_batch is None:
         raise ConfigError(f"{type(module).__name__} does not hand arguments on to the attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = Options(scale, sliding_window, softcap, s_aux, {"attention_mask": attention_mask, **others})
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    return baton_batch.attend(module, query, key, value, options)[None].to(query.dtype), None
+    latent = latent_of(module)
+    if latent is None:
+        out = baton_batch.attend(module, query, key, value, options)
+    else:
+        out = latent.expand(baton_batch.attend(module, latent.absorb(query), key, value, options))
+    return out[None].to(query.dtype), None

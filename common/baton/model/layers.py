@@ -14,6 +14,7 @@ from baton.errors import ConfigError
 from baton.kv.layout import KVLayout, LayerLayout
 from baton.kv.storage import DTYPES, KVStorage
 from baton.model.attention import Options, PagedLayer
+from baton.model.mla import latent_of
 from baton_kernels.naive import Window
 
 _KINDS = ("full_attention", "sliding_attention", "chunked_attention")
@@ -106,7 +107,8 @@ class _Probe:
     ) -> Tensor:
         index = self._index(module, query, key)
         _refuse_options(module, options)
-        self.specs[index] = self._spec(index, key, value, options.sliding_window)
+        v_dim = 0 if latent_of(module) else value.shape[2]
+        self.specs[index] = self._spec(index, key, v_dim, options.sliding_window)
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
 
     def _index(self, module: nn.Module, query: Tensor, key: Tensor) -> int:
@@ -120,7 +122,7 @@ class _Probe:
             raise ConfigError(f"{name} attends to something else than its tokens")
         return index
 
-    def _spec(self, index: int, key: Tensor, value: Tensor, sliding_window: int | None) -> LayerSpec:
+    def _spec(self, index: int, key: Tensor, v_dim: int, sliding_window: int | None) -> LayerSpec:
         window = self._windows[index]
         said = Window(sliding_window) if sliding_window and sliding_window < self._max_model_len else None
         if said is not None and said != window:
@@ -129,7 +131,7 @@ class _Probe:
             )
         owner, _ = self._keys.setdefault((key.data_ptr(), *key.shape), (len(self._keys), key))
         writes = not any(spec.kv == owner for spec in self.specs.values())
-        return LayerSpec(owner, writes, LayerLayout(key.shape[1], key.shape[2], value.shape[2]), window)
+        return LayerSpec(owner, writes, LayerLayout(key.shape[1], key.shape[2], v_dim), window)
 
 
 def _refuse_options(module: nn.Module, options: Options) -> None:

@@ -18,6 +18,7 @@ from baton.errors import ConfigError
 from baton.kv.layout import KVLayout
 from baton.kv.storage import DTYPES
 from baton.model import attention, layers
+from baton.model.mla import keep_latents
 from baton.model.support import read_survey
 from baton.model_files import read_json
 
@@ -128,7 +129,10 @@ def load_model(directory: Path, config: Any, dtype: str, device: torch.device) -
     if getattr(model, "_is_stateful", False):
         raise _refusal(config, STATEFUL)
     _check_weights(directory, loaded[1])
-    return model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    keep_latents(model)
+    attention.Relay(model)
+    return model
 
 
 def learn_layers(model: nn.Module, config: Any, max_model_len: int) -> tuple[layers.LayerSpec, ...]:
