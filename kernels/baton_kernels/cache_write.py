@@ -8,7 +8,7 @@
 The dimensions from R on are not turned. Without cos and sin (R = 0) it is the write alone, for models that turn query
 and key themselves. The definition is `reference.rope_write_kv`.
 
-Grid: (ceil(H / HEADS) + ceil(Hkv / HEADS), T); the first programs of a token turn query heads, the last ones take KV
+Grid: (T, ceil(H / HEADS) + ceil(Hkv / HEADS)); the first programs of a token turn query heads, the last ones take KV
 heads. Several heads make one program's tile, so that a thread moves 16 bytes at a time.
 
 Floor: query twice, key and value twice, cos and sin once, over memory bandwidth.
@@ -82,11 +82,11 @@ def _rope_write_kernel(
     HEADS: tl.constexpr,
     Q_PROGRAMS: tl.constexpr,  # 0 where nothing is turned
 ):
-    program, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     cos_ptr += token * stride_ct
     sin_ptr += token * stride_ct
     if program < Q_PROGRAMS:
-        head = program * HEADS + tl.arange(0, HEADS)
+        head = program * HEADS + tl.arange(0, HEADS).to(tl.int64)
         q_ptr += token * stride_qt
         _turn(
             q_ptr,
@@ -101,7 +101,7 @@ def _rope_write_kernel(
         )
     else:
         slot = tl.load(slot_ptr + token)
-        head = (program - Q_PROGRAMS) * HEADS + tl.arange(0, HEADS)
+        head = (program - Q_PROGRAMS) * HEADS + tl.arange(0, HEADS).to(tl.int64)
         valid = (head < NUM_KV_HEADS) & (slot >= 0)
         block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
         k_ptr += token * stride_kt
@@ -139,7 +139,7 @@ def rope_write_kv(
         )
     q_programs = triton.cdiv(num_heads, HEADS) if half else 0
     table = query if cos is None else cos  # any pointer will do where nothing is turned
-    _rope_write_kernel[(q_programs + triton.cdiv(num_kv_heads, HEADS), num_tokens)](
+    _rope_write_kernel[(num_tokens, q_programs + triton.cdiv(num_kv_heads, HEADS))](
         query,
         key,
         value,

@@ -28,7 +28,7 @@ MAX_SPLITS = 32
 MIN_POSITIONS_PER_SPLIT = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_tb"])
 def _split_kernel(
     out_ptr,  # [B, H, DV], or [B, H, NUM_SPLITS, DV] fp32
     lse_ptr,  # [B, H, NUM_SPLITS] fp32

@@ -34,7 +34,7 @@ def _find_sequence(starts_ptr, tile, num_seqs, BLOCK_Q: tl.constexpr):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "stride_tb"])
 def _prefill_kernel(
     out_ptr,  # [T, H, DV]
     q_ptr,  # [T, H, DK]
@@ -82,7 +82,7 @@ def _prefill_kernel(
 
     rows = tl.arange(0, BLOCK_M)
     q_pos = tl.minimum(first_pos + rows // GROUP, last_pos)
-    heads = kv_head * GROUP + rows % GROUP
+    heads = (kv_head * GROUP + rows % GROUP).to(tl.int64)
     token = (q_start + first + rows // GROUP).to(tl.int64)
     valid = (rows < BLOCK_Q * GROUP) & (token < q_end)
     dk, dv = tl.arange(0, DK_PAD), tl.arange(0, DV_PAD)

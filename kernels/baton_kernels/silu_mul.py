@@ -2,7 +2,7 @@
 
     y[t, i] = silu(x[t, i]) * x[t, F + i],   silu(g) = g / (1 + exp(-g))        x [T, 2F], y [T, F]
 
-Grid: (ceil(F / BLOCK), T). The definition is `reference.silu_mul`. Floor: x and y once over memory bandwidth.
+Grid: (T, ceil(F / BLOCK)). The definition is `reference.silu_mul`. Floor: x and y once over memory bandwidth.
 """
 
 import torch
@@ -21,8 +21,8 @@ def _silu_mul_kernel(
     F: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x_ptr += row * stride_x
     gate = tl.load(x_ptr + i, mask=i < F, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + F + i, mask=i < F, other=0.0).to(tl.float32)
@@ -35,6 +35,6 @@ def silu_mul(x: Tensor) -> Tensor:
     num_rows, double = x.shape
     assert double % 2 == 0 and x.stride(1) == 1
     y = torch.empty(num_rows, double // 2, dtype=x.dtype, device=x.device)
-    grid = triton.cdiv(double // 2, BLOCK), num_rows
+    grid = num_rows, triton.cdiv(double // 2, BLOCK)
     _silu_mul_kernel[grid](y, x, x.stride(0), F=double // 2, BLOCK=BLOCK, num_warps=4)
     return y

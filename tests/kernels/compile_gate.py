@@ -39,7 +39,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NUM_BLOCKS = 4096
 INSTRUCTIONS = {name: rf"\b{name}\b" for name in ("HGMMA", "HMMA", "LDG", "LDGSTS", "STG", "LDL", "STL")}
-INSTRUCTIONS |= {f"{name}.128": rf"\b{name}\S*\.128" for name in ("LDG", "LDGSTS", "STG")}
+INSTRUCTIONS |= {f"{name}.128": rf"\b{name}\.(?:\w+\.)*128\b" for name in ("LDG", "LDGSTS", "STG")}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8"}
 TYPES |= {torch.int32: "i32", torch.int64: "i64"}
 
@@ -143,13 +143,14 @@ def specialise(launch: Launch) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.function.params):
         value, divisible = values[parameter.name], False
-        if parameter.is_constexpr or (value == 1 if isinstance(value, int) else False):
+        special = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and value == 1):
             kind, constants[(index,)] = "constexpr", value
         elif isinstance(value, Tensor):
             offset = value.storage_offset() * value.element_size()
             kind, divisible = f"*{TYPES[value.dtype]}", offset % 16 == 0
         elif isinstance(value, int):
-            kind, divisible = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+            kind, divisible = "i32" if -(2**31) <= value < 2**31 else "i64", special and value % 16 == 0
         else:
             kind = "fp32"
         signature[parameter.name] = kind
