@@ -11,6 +11,10 @@ from typing import Any, Protocol
 from baton.clock import Clock
 
 
+# What an operator must see without asking for it: bytes that changed on the way between two workers.
+WARNINGS = frozenset({"piece.mismatch", "piece.corrupt"})
+
+
 class Emit(Protocol):
     def __call__(self, kind: str, /, **fields: Any) -> None: ...
 
@@ -23,8 +27,9 @@ class LogEvents:
         self._level = level
 
     def __call__(self, kind: str, /, **fields: Any) -> None:
-        if self._logger.isEnabledFor(self._level):
-            self._logger.log(self._level, kind, extra={"fields": fields})
+        level = logging.WARNING if kind in WARNINGS else self._level
+        if self._logger.isEnabledFor(level):
+            self._logger.log(level, kind, extra={"fields": fields})
 
 
 class EventLines:
