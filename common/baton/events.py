@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from baton.clock import Clock
 
-
 # What an operator must see without asking for it: bytes that changed on the way between two workers.
 WARNINGS = frozenset({"piece.mismatch", "piece.corrupt"})
 
