@@ -21,10 +21,12 @@ from baton.tokenizer import Tokenizer
 
 MAX_SOURCE_CHARS = 64 * 1024
 MAX_COMPILED = 64  # kept; each takes some hundred kilobytes
-# Fuel is spent on compiling, at about 50,000 a millisecond, and on each mask, at about 14,000.
+# Fuel is spent on compiling, at about 50,000 a millisecond, and on each mask, at about 14,000: with these limits the
+# worst that was found takes 90 ms to compile and 30 ms for a mask.
 LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=2_500_000,
     step_lexer_fuel=200_000,
+    max_items_in_row=10_000,
     max_grammar_size=100_000,
     max_lexer_states=50_000,
     precompute_large_lexemes=False,
