@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from baton.errors import ConfigError
-from baton.model.support import OK, TABLE, Survey, Verdict, read_survey, write_survey
+from baton.model.support import OK, TABLES, Survey, Verdict, read_survey, write_survey
 
 CASE = Path(__file__).with_name("survey_case.py")
 
@@ -94,7 +94,8 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--types", metavar="A,B", help="only these, also when the table has them")
-    parser.add_argument("--table", type=Path, default=TABLE, help="default: the one that the loader reads")
+    own = TABLES / f"{transformers.__version__}.json"
+    parser.add_argument("--table", type=Path, default=own, help="default: the one that the loader reads")
     parser.add_argument("--again", action="store_true", help="also what the table has")
     parser.add_argument("--limit", type=float, default=60, metavar="SECONDS", help="for one type; default 60")
     return parser.parse_args()

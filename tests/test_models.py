@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from typer.testing import CliRunner
 
 from baton.errors import ConfigError
-from baton.model.support import Survey, Verdict, read_survey, write_survey
+from baton.model.support import TABLES, Survey, Verdict, installed_survey, read_survey, write_survey
 from baton_cli.main import app
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "survey_models.py"
@@ -46,7 +46,7 @@ OK = [
 ]
 REFUSED = ["bloom", "falcon", "mamba", "jamba", "lfm2", "diffllama", "inkling_text", "whisper"]
 
-SURVEY = read_survey()
+SURVEY = installed_survey()
 this_transformers = pytest.mark.skipif(
     SURVEY.transformers != transformers.__version__,
     reason=f"the table is of transformers {SURVEY.transformers}, not of {transformers.__version__}",
@@ -88,6 +88,27 @@ def test_a_table_survives_writing(tmp_path: Path) -> None:
     assert read_survey(tmp_path / "table.json") == survey
     assert survey.supported == ["a"] and 'says "so"' in (survey.why_not("b") or "")
     assert survey.why_not("a") is None and "1.2.3" in (survey.why_not("c") or "")
+
+
+def test_a_version_without_a_table_goes_by_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = Survey("1.0", {"a": Verdict("ok"), "b": Verdict("ok"), "gone": Verdict("ok")})
+    new = Survey("1.2", {"a": Verdict("ok"), "b": Verdict("wrong", "x"), "new": Verdict("ok")})
+    for survey in (old, new):
+        write_survey(survey, tmp_path / f"{survey.transformers}.json")
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "1.1")
+    between = installed_survey(tmp_path)
+    assert between == Survey("1.0 and 1.2", {"a": Verdict("ok"), "b": Verdict("wrong", "x")})
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "1.2")
+    assert installed_survey(tmp_path) == new
+
+
+@pytest.mark.parametrize("path", sorted(TABLES.glob("*.json")), ids=lambda path: path.stem)
+def test_every_table_supports_the_great_families(path: Path) -> None:
+    survey = read_survey(path)
+    assert survey.transformers == path.stem
+    assert len(survey.supported) >= 95 and not set(OK) - set(survey.supported)
 
 
 def test_a_broken_table_is_named(tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from baton.errors import ConfigError
-from baton.model.support import Survey, read_survey
+from baton.model.support import Survey, installed_survey
 from baton.model_files import CONFIG_FILES, read_json, resolve_model
 
 
 def list_types(console: Console) -> None:
-    survey = read_survey()
+    survey = installed_survey()
     for line in _lines(survey):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -21,7 +21,7 @@ def check_model(name: str, console: Console) -> None:
     model_type = read_json(directory / "config.json").get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(f"{directory / 'config.json'} names no model_type")
-    why_not = read_survey().why_not(model_type)
+    why_not = installed_survey().why_not(model_type)
     if why_not:
         raise ConfigError(f"{name} is of type {model_type!r}, which is not supported: {why_not}")
     # Seconds of imports, so last: the type may be right and the rest of the config not.

@@ -19,8 +19,10 @@ from baton.kv.layout import KVLayout
 from baton.kv.storage import DTYPES
 from baton.model import attention, layers
 from baton.model.mla import keep_latents
-from baton.model.support import read_survey
+from baton.model.support import installed_survey, installed_version
 from baton.model_files import read_json
+
+_log = logging.getLogger(__name__)
 
 # The rotation of a position depends on the longest sequence of the batch, so its KV is nobody else's.
 _STATEFUL_ROPE = "dynamic"
@@ -57,7 +59,7 @@ def load_config(directory: Path, *, surveyed: bool = True) -> Any:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{directory / 'config.json'}: {_first_line(error)}") from None
-    reason = (read_survey().why_not(config.model_type) if surveyed else None) or _unsupported(config)
+    reason = (_why_not(config.model_type) if surveyed else None) or _unsupported(config)
     if reason:
         raise _refusal(config, reason)
     return config
@@ -173,6 +175,15 @@ def _quiet() -> Iterator[None]:
         theirs.set_verbosity(verbosity)
         if bars:
             theirs.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _why_not(model_type: str) -> str | None:
+    survey = installed_survey()
+    if survey.transformers != installed_version():
+        _log.warning(
+            "transformers %s was not surveyed: going by %s", installed_version(), survey.transformers
+        )
+    return survey.why_not(model_type)
 
 
 def _refusal(config: Any, reason: str) -> ConfigError:

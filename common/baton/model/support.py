@@ -1,15 +1,17 @@
-"""Which model types Baton runs: the table that `scripts/survey_models.py` makes by running every one of them.
+"""Which model types Baton runs: the tables that `scripts/survey_models.py` makes by running every one of them, one
+table for each version of transformers.
 
 Torch-free, so that `baton models` answers at once.
 """
 
 import json
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from baton.errors import ConfigError
 
-TABLE = Path(__file__).with_name("supported.json")
+TABLES = Path(__file__).with_name("surveys")  # VERSION.json
 
 OK = "ok"
 
@@ -49,7 +51,37 @@ _MEANING = {
 }
 
 
-def read_survey(path: Path = TABLE) -> Survey:
+def installed_survey(tables: Path = TABLES) -> Survey:
+    """That of the installed transformers. Of a version without a table: what all tables agree on. Raises
+    ConfigError."""
+    version = installed_version()
+    if (tables / f"{version}.json").is_file():
+        return read_survey(tables / f"{version}.json")
+    surveys = [read_survey(path) for path in sorted(tables.glob("*.json"))]
+    if not surveys:
+        raise ConfigError(f"{tables} has no survey of model types")
+    return agreed(surveys)
+
+
+def installed_version() -> str:
+    """Of transformers, without importing it. Raises ConfigError."""
+    try:
+        return metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        raise ConfigError("transformers is not installed: pip install 'baton-llm[worker]'") from None
+
+
+def agreed(surveys: list[Survey]) -> Survey:
+    """A type is as good as its worst verdict; one that some survey does not know is not there."""
+    names = set.intersection(*(set(survey.types) for survey in surveys))
+    versions = " and ".join(survey.transformers for survey in surveys)
+    worst = {
+        name: max((s.types[name] for s in surveys), key=lambda v: v.verdict != OK) for name in sorted(names)
+    }
+    return Survey(versions, worst)
+
+
+def read_survey(path: Path) -> Survey:
     """Raises ConfigError."""
     try:
         table = json.loads(path.read_text())
