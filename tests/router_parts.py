@@ -159,6 +159,7 @@ class ScriptedFleet:
     )
     lost: set[str] = field(default_factory=set)
     index: IndexHealth = field(default_factory=lambda: IndexHealth("memory", True))
+    unproven: dict[tuple[WorkerId, WorkerId], str] = field(default_factory=dict)
 
     def records(self) -> Sequence[WorkerRecord]:
         return self.workers
@@ -174,6 +175,9 @@ class ScriptedFleet:
             for d in ready
             if Role.PREFILL in p.roles and Role.DECODE in d.roles and p.fingerprint == d.fingerprint
         ]
+
+    def unproven_pairs(self) -> dict[tuple[WorkerId, WorkerId], str]:
+        return self.unproven
 
     def index_health(self) -> IndexHealth:
         return self.index

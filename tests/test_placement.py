@@ -31,6 +31,10 @@ def worker(name: str, role: Role, **changes: object) -> Candidate:
     return Candidate(replace(record, load=replace(LOAD, **load), **rest), **candidate)  # type: ignore[arg-type]
 
 
+def proven(prefill: WorkerRecord, decode: WorkerRecord) -> bool:
+    return True
+
+
 def prefill(name: str, **changes: object) -> Candidate:
     return worker(name, Role.PREFILL, **changes)
 
@@ -40,13 +44,13 @@ def decode(name: str, **changes: object) -> Candidate:
 
 
 def choice(prefills: list[Candidate], decodes: list[Candidate], tokens: int = 640) -> Placement:
-    found = place(tokens, 64, prefills, decodes, random.Random(0))
+    found = place(tokens, 64, prefills, decodes, random.Random(0), proven)
     assert found is not None
     return found
 
 
 def test_without_a_decode_worker_there_is_no_placement() -> None:
-    assert place(10, 10, [prefill("p")], [], random.Random(0)) is None
+    assert place(10, 10, [prefill("p")], [], random.Random(0), proven) is None
 
 
 def test_without_a_prefill_worker_the_decode_worker_serves_alone() -> None:
@@ -87,7 +91,7 @@ def test_unmeasured_workers_are_tried_and_equals_are_shared() -> None:
     new = Load(num_free_blocks=1000)
     prefills = [prefill(f"p{i}") for i in range(3)] + [Candidate(replace(prefill("p3").record, load=new))]
     rng = random.Random(1)
-    chosen = {place(640, 64, prefills, [decode("d")], rng).prefill for _ in range(200)}  # type: ignore[union-attr]
+    chosen = {place(640, 64, prefills, [decode("d")], rng, proven).prefill for _ in range(200)}  # type: ignore[union-attr]
     assert chosen == {"p0", "p1", "p2", "p3"}
 
 
@@ -98,3 +102,11 @@ def test_a_worker_with_both_roles_is_no_pair_with_itself() -> None:
     assert choice([slow, both], [both]).prefill is None
     busy = worker("w", Role.DECODE, roles=(Role.PREFILL, Role.DECODE), num_waiting_tokens=9000)
     assert choice([prefill("p"), busy], [busy]).prefill == "p"
+
+
+def test_a_pair_that_has_not_proven_itself_carries_nothing() -> None:
+    p1, p2, d = prefill("p1", num_held_blocks=40), prefill("p2"), decode("d")
+    placed = place(640, 64, [p1, p2], [d], random.Random(0), lambda p, _: p.worker_id == "p2")
+    assert placed is not None and placed.prefill == "p2"
+    placed = place(640, 64, [p1, p2], [d], random.Random(0), lambda p, d: False)
+    assert placed is not None and placed.prefill is None

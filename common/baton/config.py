@@ -106,6 +106,7 @@ class RouterConfig:
     reserve_timeout_s: Seconds = 30.0  # from submission to the ticket
     session_timeout_s: Seconds = 5.0  # a decode session without any message for this long is lost
     max_num_requests: Count = 1024  # in flight; more are refused with 429
+    canary_interval_s: Seconds = 300.0  # a pair that carries traffic proves itself again this often
     stop_grace_s: Seconds = 5.0  # after SIGTERM, for running requests to end
     model: ModelConfig = field(default_factory=ModelConfig)
     index: IndexConfig = field(default_factory=IndexConfig)

@@ -75,7 +75,7 @@ class LocalFleet:
 
     @asynccontextmanager
     async def routing(self) -> AsyncGenerator[None, None]:
-        following = asyncio.create_task(self.fleet.run())
+        following = asyncio.create_task(self.fleet.run(self.pipeline.trial))
         try:
             yield
         finally:
@@ -163,9 +163,9 @@ class LocalFleet:
         await worker.runner.aclose()
 
     async def ready(self, timeout_s: float = 10.0) -> None:
-        """Until every started worker is linked."""
+        """Until every started worker is linked and every pair has proven itself."""
         async with self.clock.timeout(timeout_s):
-            while len(self.fleet.ready()) < len(self.workers):
+            while len(self.fleet.ready()) < len(self.workers) or self.fleet.unproven_pairs():
                 await self.clock.sleep(0.05)
 
     async def ask(self, request: Request, timeout_s: float = 60.0) -> list[int]:

@@ -169,6 +169,7 @@ async def _metrics(
             )
 
     worker.listen(on_step)
+    on_step(StepOutput(outputs=(), admitted=(), num_tokens=0, seconds=0.0))
     if config.metrics_port is None:
         yield None
     else:

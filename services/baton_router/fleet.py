@@ -12,6 +12,7 @@ from baton.kv.block import BlockHash
 from baton.messages import BlockLedger, Role, StatusCall, WorkerRecord, WorkerStatus
 from baton.request import WorkerId
 from baton.rpc import STATUS_WATCH, Rpc
+from baton_router.canary import Canary, Trial
 from baton_router.fleet_view import IndexHealth
 from baton_router.mirror import PrefixMirror
 from baton_router.placement import can_pair
@@ -38,10 +39,11 @@ class Fleet:
         self._index = index
         self._clock = clock
         self._emit = emit
+        self.canary = Canary(clock, emit, interval_s=config.canary_interval_s)
+        self.changed = asyncio.Event()  # a link rose, fell, came or went; the canary waits for it
         self._links: dict[WorkerId, tuple[Link, asyncio.Task[None]]] = {}
-        self._tasks: asyncio.TaskGroup | None = (
-            None  # while `run` runs; a link's own bug ends the router loudly
-        )
+        # While `run` runs; a link's own bug ends the router loudly.
+        self._tasks: asyncio.TaskGroup | None = None
 
     def ready(self) -> list[Link]:
         """Links that can take a request now, in the order of their ids."""
@@ -55,7 +57,16 @@ class Fleet:
         return [link.record for _, (link, _) in sorted(self._links.items())]
 
     def pairs(self) -> list[tuple[WorkerRecord, WorkerRecord]]:
-        """(prefill, decode) pairs that could carry a request now."""
+        """(prefill, decode) pairs that may carry a request now: they fit, and they have proven it."""
+        return [pair for pair in self.fitting_pairs() if self.canary.is_proven(*pair)]
+
+    def unproven_pairs(self) -> dict[tuple[WorkerId, WorkerId], str]:
+        """Pairs that fit and carry nothing, and why; "" for those that are being tried for the first time."""
+        verdicts = {(p.worker_id, d.worker_id): self.canary.verdict(p, d) for p, d in self.fitting_pairs()}
+        return {pair: verdict.reason if verdict else "" for pair, verdict in verdicts.items()
+                if verdict is None or not verdict.proven}  # fmt: skip
+
+    def fitting_pairs(self) -> list[tuple[WorkerRecord, WorkerRecord]]:
         records = [link.record for link in self.ready()]
         prefills = [record for record in records if Role.PREFILL in record.roles]
         decodes = [record for record in records if Role.DECODE in record.roles]
@@ -78,8 +89,8 @@ class Fleet:
             return IndexHealth("memory", healthy=True)
         return IndexHealth("redis", self.mirror.healthy, self.mirror.last_error)
 
-    async def run(self) -> None:
-        """Until cancelled."""
+    async def run(self, trial: Trial) -> None:
+        """Until cancelled. `trial` is how the canary has a request served by a pair of its choice."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
@@ -88,6 +99,7 @@ class Fleet:
                 for address in self._config.workers:
                     tasks.create_task(self._follow(address))
                 tasks.create_task(self._reconcile_loop())
+                tasks.create_task(self.canary.run(self.fitting_pairs, self.changed, trial))
         finally:
             await self._drop(tuple(self._links))
 
@@ -144,10 +156,16 @@ class Fleet:
     # --- links ---
 
     def _add(self, record: WorkerRecord) -> None:
-        link = Link(record, self._rpc, self._clock, self._emit, self._config.session_timeout_s)
+        timeout_s = self._config.session_timeout_s
+        link = Link(record, self._rpc, self._clock, self._emit, timeout_s, self._link_changed)
         assert self._tasks is not None
         self._links[record.worker_id] = (link, self._tasks.create_task(link.run()))
         self._emit("worker.joined", worker=record.worker_id, roles=list(record.roles))
+
+    def _link_changed(self, link: Link) -> None:
+        if not link.up:
+            self.canary.forget(link.record.worker_id)
+        self.changed.set()
 
     async def _drop(self, worker_ids: Sequence[WorkerId]) -> None:
         for worker_id in worker_ids:

@@ -19,7 +19,7 @@ from baton.rpc import ROUTER_CANCEL, ROUTER_GENERATE, ROUTER_LIST_WORKERS, Handl
 from baton_router.app import REQUEST_ID
 from baton_router.fleet_view import FleetView
 from baton_router.front_door import CLIENT_GONE, FrontDoor
-from baton_router.openai.schema import MAX_LOGPROBS, SamplingFields, validate
+from baton_router.openai.schema import SamplingFields, validate
 
 ENDPOINT = "baton.v1.Router/Generate"
 
@@ -100,8 +100,6 @@ class RouterService:
         known = {name: _as_json(values.pop(name)) for name in SamplingFields.model_fields}
         known["seed"] = None  # any 64 bits are right
         known["allowed_token_ids"] = known["allowed_token_ids"] or None
-        if asked.logprobs is not None and asked.logprobs > MAX_LOGPROBS:
-            raise InvalidRequest(f"logprobs: must be at most {MAX_LOGPROBS}", param="logprobs")
         fields = validate(SamplingFields, known)
         self._door.check_stop_token_ids(asked.stop_token_ids)
         max_tokens = self._door.max_tokens(num_prompt_tokens, asked.max_tokens, None, "prompt")

@@ -80,6 +80,25 @@ class Pipeline:
             stream.fail(Cancelled(f"request {request_id} was cancelled"))
         return stream is not None
 
+    async def trial(
+        self, request: Request, prefill: WorkerId | None, decode: WorkerId, timeout_s: float
+    ) -> list[Tokens]:
+        """Serve a request of the router's own where it says. Raises BatonError."""
+        record = Record(request.request_id, request.num_prompt_tokens, self._clock.now())
+        stream = TokenStream()
+        link = self._fleet.link(decode)
+        try:
+            async with self._clock.timeout(timeout_s):
+                if prefill is None:
+                    await self._run_alone(request, record, stream, link, timeout_s)
+                else:
+                    source = self._fleet.link(prefill)
+                    await self._run_pair(request, record, stream, source, link, timeout_s)
+        except TimeoutError:
+            raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
+        stream.end()
+        return await stream.take()
+
     def record(self, request_id: str) -> Record | None:
         return self._records.get(request_id)
 
@@ -162,6 +181,7 @@ class Pipeline:
             [_candidate(link, held) for link in prefills],
             [_candidate(link, held) for link in decodes],
             self._rng,
+            self._fleet.canary.is_proven,
         )
         if placement is None:
             raise InternalError("placement found no decode worker among the ready ones")

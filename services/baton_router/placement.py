@@ -11,7 +11,7 @@ that routers with equal views do not all choose the same.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -58,9 +58,11 @@ def place(
     prefills: Sequence[Candidate],
     decodes: Sequence[Candidate],
     rng: random.Random,
+    is_proven: Callable[[WorkerRecord, WorkerRecord], bool],
 ) -> Placement | None:
-    """None when there is no decode worker. A pair needs equal fingerprints and a transport in common; a worker with
-    both roles serves alone, with nothing to send. When there is neither, a decode worker serves alone."""
+    """None when there is no decode worker. A pair needs equal fingerprints, a transport in common and a proof (see
+    canary); a worker with both roles serves alone, with nothing to send. When there is neither, a decode worker serves
+    alone."""
     rates = _typical_rates([*prefills, *decodes])
     num_output_tokens = min(max_tokens, EXPECTED_OUTPUT_TOKENS)
     options: list[Placement] = []
@@ -70,7 +72,7 @@ def place(
             if prefill.record.worker_id == decode.record.worker_id:
                 cost = wait_s + _compute_s(decode, num_prompt_tokens, rates)
                 options.append(Placement(None, decode.record.worker_id, cost))
-            elif can_pair(prefill.record, decode.record):
+            elif can_pair(prefill.record, decode.record) and is_proven(prefill.record, decode.record):
                 cost = wait_s + _prefill_cost(prefill, decode, num_prompt_tokens, rates)
                 options.append(Placement(prefill.record.worker_id, decode.record.worker_id, cost))
     if not options:

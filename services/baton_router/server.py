@@ -15,9 +15,9 @@ from baton.events import LogEvents
 from baton.index.base import PrefixIndex
 from baton.index.redis import RedisIndex
 from baton.model_files import resolve_model
-from baton.rpc import GrpcRpc
+from baton.rpc import GrpcRpc, Server
 from baton.tokenizer import load_tokenizer
-from baton_router.app import create_app, serve_http
+from baton_router.app import HttpServer, create_app, serve_http, tune_garbage_collector
 from baton_router.fleet import Fleet
 from baton_router.front_door import FrontDoor
 from baton_router.grpc_api import RouterService
@@ -59,13 +59,14 @@ async def run_router(config: RouterConfig, *, stop: asyncio.Event, ready: Ready)
             RouterMetrics(CollectorRegistry()),
             request_timeout_s=config.request_timeout_s,
         )
-        following = asyncio.create_task(fleet.run())
+        following = asyncio.create_task(fleet.run(pipeline.trial))
         closing.push_async_callback(_cancelled, following)
         grpc = await rpc.serve(f"{config.host}:{config.grpc_port}", RouterService(door, fleet).handlers())
         closing.push_async_callback(grpc.aclose, 0.1)
         http = await serve_http(create_app(door, fleet), config.host, config.port)
-        closing.push_async_callback(http.aclose, config.stop_grace_s)
+        closing.push_async_callback(_drained, http, grpc, config.stop_grace_s)
         grpc.set_serving(True)
+        tune_garbage_collector()
         ready({"address": http.address, "grpc_address": grpc.address, "model": config.model.model})
         stopping = asyncio.create_task(stop.wait())
         closing.push_async_callback(_cancelled, stopping)
@@ -87,6 +88,12 @@ def _max_model_len(config: RouterConfig, fleet: Fleet) -> int | None:
     if config.model.max_model_len is not None:
         lengths.append(config.model.max_model_len)
     return min(lengths) if fleet.records() else None
+
+
+async def _drained(http: HttpServer, grpc: Server, grace_s: float) -> None:
+    """No new requests at either door; running ones may end for `grace_s` seconds."""
+    grpc.set_serving(False)
+    await asyncio.gather(http.aclose(grace_s), grpc.aclose(grace_s))
 
 
 async def _cancelled(task: asyncio.Task[Any]) -> None:

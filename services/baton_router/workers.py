@@ -199,7 +199,16 @@ def _logprobs(step: Step) -> dict[int, tuple[TokenLogprobs, ...]]:
 class Link:
     """One worker. `up` is True while its watch stream (and its session, if it decodes) is alive."""
 
-    def __init__(self, record: WorkerRecord, rpc: Rpc, clock: Clock, emit: Emit, timeout_s: float) -> None:
+    def __init__(
+        self,
+        record: WorkerRecord,
+        rpc: Rpc,
+        clock: Clock,
+        emit: Emit,
+        timeout_s: float,
+        on_change: Callable[["Link"], None],
+    ) -> None:
+        """`on_change` is called whenever the link may have risen or fallen."""
         self.record = record
         self.session = Session()
         self.num_dispatched_tokens = 0  # prompt tokens sent to this prefill worker and not yet answered
@@ -209,7 +218,7 @@ class Link:
         self._timeout_s = timeout_s
         self._depending: set[Attempt] = set()  # their KV is still on its way out of this worker
         self._parts_up: set[str] = set()
-        self.changed = asyncio.Event()
+        self._on_change = on_change
 
     @property
     def up(self) -> bool:
@@ -256,7 +265,7 @@ class Link:
                         await anext(messages)
                     if part not in self._parts_up:
                         self._parts_up.add(part)
-                        self.changed.set()
+                        self._on_change(self)
                         self._emit("link.up", worker=self.record.worker_id, part=part)
             except StopAsyncIteration:
                 pass
@@ -296,7 +305,7 @@ class Link:
 
     def _lost(self, why: str) -> None:
         error = WorkerLost(f"worker {self.record.worker_id} was lost: {why}")
-        self.changed.set()
+        self._on_change(self)
         self.session.fail_all(error)
         depending, self._depending = self._depending, set()
         for attempt in depending:

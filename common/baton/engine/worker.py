@@ -110,11 +110,8 @@ class Worker:
             changes.ready.set()
 
     def admit(self) -> None:
-        """Grant what fits now; called after an arrival or when blocks came back between steps."""
-        admitted = self.engine.admit()
-        if admitted:
-            self._tell(StepOutput(outputs=(), admitted=admitted, num_tokens=0, seconds=0.0))
-        self._progress.set()
+        """Grant what fits now; called after an arrival or when blocks came back between steps. Listeners hear of it."""
+        self._tell(StepOutput(outputs=(), admitted=self.engine.admit(), num_tokens=0, seconds=0.0))
         self._note_blocks()
 
     async def serve(

@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from baton.engine.sampling_state import MAX_LOGPROBS
 from baton.errors import InvalidRequest
 from baton.request import Grammar, SamplingParams, TokenBias
 from baton_router.openai import structured
@@ -32,7 +33,6 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_BIASES = 1024
 MAX_BIAS = 100
 MAX_ALLOWED_TOKEN_IDS = 65536
-MAX_LOGPROBS = 20
 SEEDS = 2**64
 
 # What clients send by default. Any other value asks for something that Baton does not do.
