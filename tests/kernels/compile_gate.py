@@ -14,8 +14,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from baton_kernels.cache_write import rope_write_kv
@@ -101,7 +102,7 @@ def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         name = "-".join([shape, *options])
         yield f"decode-{name}", partial(decode, num_splits=8)
         yield f"prefill-{name}", prefill
-        if not options and block_size == 64:
+        if not options and block_size == 64 and dk == dv == 128:
             yield f"decode-{name}-one-split", partial(decode, num_splits=1)
 
 
@@ -159,7 +160,6 @@ def specialise(launch: Launch) -> ASTSource:
     return ASTSource(launch.function, signature, constants, attributes)
 
 
-@cache
 def disassemble(cubin: bytes) -> str:
     """What the kernel uses, then its SASS."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -169,15 +169,17 @@ def disassemble(cubin: bytes) -> str:
         return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
 
 
-def build(case: str, launch: Launch) -> Row:
+def build(launch: Launch) -> CompiledKernel:
     options = {key: launch.options[key] for key in ("num_warps", "num_stages") if key in launch.options}
-    compiled = triton.compile(specialise(launch), target=TARGET, options=options)
-    sass = disassemble(compiled.asm["cubin"])
+    return triton.compile(specialise(launch), target=TARGET, options=options)
+
+
+def describe(case: str, compiled: CompiledKernel, sass: str) -> Row:
     used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", sass)}
     counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTIONS.items()}
     return Row(
         case=case,
-        kernel=launch.function.__name__,
+        kernel=compiled.metadata.name,
         num_warps=compiled.metadata.num_warps,
         num_stages=compiled.metadata.num_stages,
         registers=used["REG"],
@@ -188,11 +190,15 @@ def build(case: str, launch: Launch) -> Row:
 
 
 def build_all() -> list[Row]:
-    return [
-        build(case, launch)
+    built = [
+        (case, build(launch))
         for case, call in chain(attention_cases(), other_cases())
         for launch in record_launches(call)
     ]
+    cubins = {compiled.asm["cubin"] for _, compiled in built}
+    with ThreadPoolExecutor(2) as pool:
+        sass = dict(zip(cubins, pool.map(disassemble, cubins), strict=True))
+    return [describe(case, compiled, sass[compiled.asm["cubin"]]) for case, compiled in built]
 
 
 def main() -> None:
