@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from baton import codec
 from baton import messages as m
 from baton.errors import BY_CODE, BatonError, InternalError, InvalidRequest, Overloaded
-from baton.request import FinishReason, Request, RequestId, SamplingParams, WorkerId
+from baton.request import FinishReason, Request, RequestId, SamplingParams, TokenLogprobs, WorkerId
 from baton.v1 import decode_pb2, prefill_pb2, request_pb2, router_pb2, status_pb2
 
 MESSAGES = sorted(codec.PROTOS, key=lambda cls: cls.__name__)
@@ -67,6 +67,9 @@ def steps(draw: st.DrawFn) -> m.Step:
     uint32 = st.integers(0, 2**32 - 1)
     rows = draw(st.lists(st.tuples(uint32, uint32, st.lists(uint32, max_size=4)), max_size=300))
     finished = draw(st.lists(st.tuples(uint32, st.sampled_from(FinishReason)), max_size=4))
+    with_logprobs = [i for i in range(len(rows)) if i % 7 == 3] if draw(st.booleans()) else []
+    num_logprobs = sum(len(rows[i][2]) for i in with_logprobs)
+    each = TokenLogprobs(draw(st.floats(-1e6, 0)), (5, 2**32 - 1), (-0.5, -9999.0))
     return m.Step(
         handles=tuple(handle for handle, _, _ in rows),
         first_index=tuple(first for _, first, _ in rows),
@@ -74,6 +77,8 @@ def steps(draw: st.DrawFn) -> m.Step:
         token_ids=tuple(token for _, _, tokens in rows for token in tokens),
         finished=tuple(finished),
         load=draw(messages_of(m.Load)),
+        logprob_rows=tuple(with_logprobs),
+        logprobs=(each,) * num_logprobs,
     )
 
 
@@ -240,3 +245,17 @@ def test_errors_are_cut_and_cleaned_to_fit_a_trailer() -> None:
 def test_any_bytes_read_as_some_error(data: bytes) -> None:
     assert isinstance(codec.decode_error(data), BatonError)
     assert isinstance(codec.decode_error(b"\xff"), InternalError)
+
+
+@pytest.mark.parametrize(
+    ("rows", "num", "param"),
+    [((2,), 0, "step.logprob_rows"), ((1,), 1, "step.logprobs"), ((0, 1), 4, "step.logprobs")],
+    ids=str,
+)
+def test_logprobs_that_do_not_fit_their_rows_are_refused(rows: tuple[int, ...], num: int, param: str) -> None:
+    pb = decode_pb2.SessionResponse.FromString(codec.encode(STEP))
+    pb.step.logprob_rows.extend(rows)
+    pb.step.logprobs.extend([request_pb2.TokenLogprobs(logprob=-1.0)] * num)
+    with pytest.raises(InvalidRequest) as caught:
+        codec.decode(m.SessionDown, pb.SerializeToString())
+    assert caught.value.param in (param, param.removeprefix("step."))

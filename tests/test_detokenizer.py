@@ -205,12 +205,14 @@ def test_stop_strings_do_not_depend_on_how_the_text_is_cut() -> None:
     assert NUM_SEQUENCES / 10 < num_matched < NUM_SEQUENCES
 
 
-def _letters(stop: Sequence[str] = (), stop_ids: frozenset[int] = frozenset()) -> TextStream:
+def _letters(
+    stop: Sequence[str] = (), stop_ids: frozenset[int] = frozenset(), min_tokens: int = 0
+) -> TextStream:
     """Token i is the i-th letter; 26 is <eos>, a special token."""
     tokenizer = Tokenizer(models.BPE({chr(97 + i): i for i in range(26)}, []))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<eos>"])
-    return TokenText(tokenizer).stream(stop, stop_ids)
+    return TokenText(tokenizer).stream(stop, stop_ids, min_tokens)
 
 
 def test_tokens_after_the_stop_string_are_dropped_however_many_come_at_once() -> None:
@@ -223,6 +225,13 @@ def test_held_text_is_flushed_when_the_request_ends() -> None:
     stream = _letters(stop=["cdz"])
     assert stream.push((1, 2, 3), None)[0] == "b"
     assert stream.push((), FinishReason.LENGTH) == ("cd", (), FinishReason.LENGTH)
+
+
+def test_stop_strings_are_not_looked_for_before_min_tokens() -> None:
+    stream = _letters(stop=["ab"], min_tokens=3)
+    assert stream.push((0, 1, 0), None) == ("aba", (0, 1, 0), None)
+    assert stream.push((1, 0), None) == ("b", (1, 0), None), "a stop string that began before does not count"
+    assert stream.push((1, 2), None) == ("", (1,), FinishReason.STOP)
 
 
 def test_the_token_that_ended_a_request_has_no_text() -> None:

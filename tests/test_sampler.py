@@ -4,6 +4,7 @@ import math
 import random
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from baton.engine import sampler
 from baton.engine.penalties import adjust
 from baton.engine.sampler import gumbel, sample
-from baton.engine.sampling_state import SamplingState, needs_state
+from baton.engine.sampling_state import SamplingState, check_sampling, needs_state
+from baton.errors import InvalidRequest
 from baton.request import Request, RequestId, SamplingParams, TokenBias, TokenSequence
 
 GREEDY = SamplingParams(temperature=0)
@@ -277,6 +279,31 @@ def test_stop_tokens_wait_for_min_tokens() -> None:
         for output in ((), (1,), (1, 1))
     ]
     assert drawn == [11, 11, 9]
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        ({"min_p": -0.1}, "min_p"),
+        ({"presence_penalty": math.nan}, "presence_penalty"),
+        ({"frequency_penalty": 1e9}, "frequency_penalty"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"min_tokens": 17}, "min_tokens"),
+        ({"logit_bias": (TokenBias(50, 1.0),)}, "logit_bias"),
+        ({"logit_bias": (TokenBias(5, math.inf),)}, "logit_bias"),
+        ({"logit_bias": (TokenBias(5, 1.0), TokenBias(5, 2.0))}, "logit_bias"),
+        ({"allowed_token_ids": (-1,)}, "allowed_token_ids"),
+        ({"bad_words": (TokenSequence((5, 50)),)}, "bad_words"),
+        ({"stop_token_ids": (50,)}, "stop_token_ids"),
+    ],
+    ids=str,
+)
+def test_what_no_sampler_can_honour_is_refused_by_name(params: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_sampling(SamplingParams(**params), 50)
+    assert caught.value.param == name
 
 
 def test_min_p_keeps_what_is_likely_enough() -> None:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from baton.errors import InvalidRequest
 from baton.request import Request, SamplingParams, TokenLogprobs
 
+MAX_LOGPROBS = 20
+
 Bitmask = NDArray[np.int32]  # [ceil(V / 32)], bit i of word w: token 32 w + i may be drawn
 Tokens = NDArray[np.int64]
 
@@ -139,18 +141,21 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
         ("top_p", 0 < params.top_p <= 1, "above 0 and at most 1"),
         ("top_k", params.top_k >= 0, "0 (all tokens) or more"),
         ("min_p", 0 <= params.min_p <= 1, "0 to 1"),
-        ("presence_penalty", math.isfinite(params.presence_penalty), "a number"),
-        ("frequency_penalty", math.isfinite(params.frequency_penalty), "a number"),
-        ("repetition_penalty", 0 < params.repetition_penalty < math.inf, "above 0"),
+        ("presence_penalty", abs(params.presence_penalty) <= 100, "-100 to 100"),
+        ("frequency_penalty", abs(params.frequency_penalty) <= 100, "-100 to 100"),
+        ("repetition_penalty", 0.01 <= params.repetition_penalty <= 100, "0.01 to 100"),
+        ("logprobs", params.logprobs is None or 0 <= params.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
         ("min_tokens", params.min_tokens <= params.max_tokens, "max_tokens at most"),
-        ("logit_bias", all(math.isfinite(each.bias) for each in params.logit_bias), "numbers"),
+        ("logit_bias", all(abs(each.bias) <= 100 for each in params.logit_bias), "-100 to 100"),
         ("bad_words", all(word.token_ids for word in params.bad_words), "sequences of at least one token"),
     ):
         if not holds:
             raise InvalidRequest(f"{name} must be {rule}", param=name)
     _check_token_ids("logit_bias", [each.token_id for each in params.logit_bias], vocab_size)
     _check_token_ids("allowed_token_ids", params.allowed_token_ids, vocab_size)
-    _check_token_ids("bad_words", [word.token_ids[-1] for word in params.bad_words], vocab_size)
+    _check_token_ids(
+        "bad_words", [token_id for word in params.bad_words for token_id in word.token_ids], vocab_size
+    )
     _check_token_ids("stop_token_ids", params.stop_token_ids, vocab_size)
     if len({each.token_id for each in params.logit_bias}) < len(params.logit_bias):
         raise InvalidRequest("logit_bias must name every token once", param="logit_bias")
