@@ -12,23 +12,33 @@ ARGS ?=
 TORCH_INDEX ?=
 
 BIN := $(VENV)/bin
+RUNNABLE := $(VENV)/.runnable
 INSTALLED := $(VENV)/.installed
 SOURCES := common/baton services loadtest kernels
+PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints-cpu.txt
 
 .PHONY: install run test lint proto bench bench-kernels survey demo-model clean
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints-cpu.txt
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Baton needs Python 3.11 or newer; name one with PYTHON=..." >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+
+# What a fleet needs; tests and tools come on top, so that a first `make run` does not wait for them.
+$(RUNNABLE): pyproject.toml constraints-cpu.txt | $(BIN)/python
 	@echo "installing into $(VENV): a few minutes the first time"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints-cpu.txt -e '.[dev]'
+	@$(PIP_INSTALL) -e '.[worker,ucx,redis-server]'
 	@touch $@
 
-run: $(INSTALLED)
+$(INSTALLED): pyproject.toml constraints-cpu.txt | $(BIN)/python
+	@echo "installing into $(VENV), with what tests need: a few minutes the first time"
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $(RUNNABLE) $@
+
+run: $(RUNNABLE)
 	@exec $(BIN)/baton up --demo-request $(ARGS)
 
 test: $(INSTALLED)
@@ -52,7 +62,7 @@ bench-kernels: $(INSTALLED)
 survey: $(INSTALLED)
 	$(BIN)/python scripts/survey_models.py $(ARGS)
 
-demo-model: $(INSTALLED)
+demo-model: $(RUNNABLE)
 	$(BIN)/python scripts/train_demo_model.py --out common/baton/demo_model --seed 0 $(ARGS)
 
 clean:
