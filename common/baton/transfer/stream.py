@@ -15,6 +15,7 @@ from baton.transfer.vector import Vector
 MAX_BYTES_PER_CALL = 2**20
 MAX_BUFFERS_PER_CALL = min(1024, os.sysconf("SC_IOV_MAX"))
 SCRATCH_BYTES = 2**18  # what nobody wants is read into this
+# Buffer sizes are left alone: Linux tunes them itself, up to tcp_rmem and tcp_wmem, until somebody sets them.
 _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (
@@ -89,9 +90,9 @@ class Stream:
         """Repeat `step` whenever the socket is ready, until nothing of the vector is left."""
         if vector.left == 0:
             return
-        done: asyncio.Future[TransferError | None] = self._loop.create_future()
         if self.closed:
             raise TransferError("connection closed")
+        done: asyncio.Future[TransferError | None] = self._loop.create_future()
         self._waiting[done] = stop_watching
         watch(self._sock.fileno(), self._on_ready, step, vector, done)
         try:
@@ -104,7 +105,7 @@ class Stream:
             raise error
 
     def _on_ready(
-        self, step: Callable[[Vector], None], vector: Vector, done: "asyncio.Future[TransferError | None]"
+        self, step: Callable[[Vector], None], vector: Vector, done: asyncio.Future[TransferError | None]
     ) -> None:
         if done.done():
             return

@@ -8,6 +8,7 @@ A `Request` may be forgotten only when it is `completed`: until then UCX may use
 closed already. `transfer.ucx_worker` sees to that.
 """
 
+import ctypes
 import importlib
 import os
 from typing import Any, Protocol
@@ -139,13 +140,13 @@ class UcxxLibrary:
 
 
 class _UcxPyRequest:
-    """`done` is the library's callback."""
-
     def __init__(self) -> None:
         self.completed = False
+        self.handle: Any = None
         self._error: str | None = None
 
-    def done(self, request: Any, exception: BaseException | None) -> None:
+    def done(self, _: Any, exception: BaseException | None) -> None:
+        """The library's callback."""
         self.completed = True
         # A message that is shorter than its buffer is an error for ucx-py, but not for us.
         if exception is not None and type(exception).__name__ != "UCXMsgTruncated":
@@ -156,6 +157,9 @@ class _UcxPyRequest:
 
 
 class UcxPyLibrary:
+    """ucx-py closes a healthy endpoint by flushing it, and spins for as long as the peer hangs. So such an endpoint is
+    only parked, until its peer is gone or the process ends."""
+
     name = "ucx-py"
 
     def __init__(self, options: dict[str, str]) -> None:
@@ -164,6 +168,8 @@ class UcxPyLibrary:
         feature = self._ucx.Feature
         context = self._ucx.UCXContext(options, feature_flags=(feature.TAG, feature.WAKEUP))
         self._worker = self._ucx.UCXWorker(context)
+        self._posted: dict[Any, list[_UcxPyRequest]] = {}  # receives, by endpoint
+        self._parked: list[Any] = []
         self.fd: int = self._worker.init_blocking_progress_mode()
         self.address = bytes(self._worker.get_address())
 
@@ -175,6 +181,9 @@ class UcxPyLibrary:
         return bool(self._worker.arm())
 
     def connect(self, address: bytes) -> Any:
+        parked, self._parked = self._parked, []
+        for endpoint in parked:
+            self.close(endpoint)
         remote = self._ucx.UCXAddress.from_buffer(address)
         return self._ucx.UCXEndpoint.create_from_worker_address(self._worker, remote, True)
 
@@ -182,7 +191,13 @@ class UcxPyLibrary:
         return bool(endpoint.is_alive())
 
     def close(self, endpoint: Any) -> None:
-        endpoint.close()
+        for request in self._posted.pop(endpoint, ()):
+            if not request.completed:
+                self._worker.request_cancel(request.handle)
+        if endpoint.is_alive():
+            self._parked.append(endpoint)
+        else:
+            endpoint.close()
 
     def send(self, endpoint: Any, buffer: memoryview, tag: int) -> Request:
         request, array = _UcxPyRequest(), self._array(buffer)
@@ -192,8 +207,15 @@ class UcxPyLibrary:
 
     def receive(self, endpoint: Any | None, buffer: memoryview, tag: int) -> Request:
         request, array = _UcxPyRequest(), self._array(buffer)
-        self._ucx.tag_recv_nb(self._worker, array, array.nbytes, tag, request.done, ep=endpoint)
+        request.handle = self._ucx.tag_recv_nb(
+            self._worker, array, array.nbytes, tag, request.done, ep=endpoint
+        )
+        posted = [other for other in self._posted.get(endpoint, ()) if not other.completed]
+        self._posted[endpoint] = [*posted, request]
         return request
 
     def shut_down(self) -> None:
-        del self._worker
+        for request in self._posted.pop(None, ()):
+            if not request.completed:
+                self._worker.request_cancel(request.handle)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # or the garbage collector would flush what is parked

@@ -75,6 +75,8 @@ class SenderLine:
         if kind not in list(Kind) or text_bytes > MAX_CONTROL_BYTES - _CONTROL.size:
             raise TransferError("a control message that makes no sense")
         self._credits += credits
+        if self._credits > WINDOW:
+            raise TransferError("more credits than chunks were sent")
         self._credited.set()
         return Control(Kind(kind), credits, bytes(buffer[_CONTROL.size : _CONTROL.size + text_bytes]))
 
