@@ -199,6 +199,7 @@ async def running_fleet(config: FleetConfig, clock: VirtualClock) -> AsyncGenera
             for _ in range(number):
                 await fleet.start(role)
         await fleet.ready()
+        fleet.transfers.clear()  # those of the canary
         yield fleet
 
 

@@ -218,4 +218,6 @@ class UcxPyLibrary:
         for request in self._posted.pop(None, ()):
             if not request.completed:
                 self._worker.request_cancel(request.handle)
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))  # or the garbage collector would flush what is parked
+        ctypes.pythonapi.Py_IncRef(
+            ctypes.py_object(self)
+        )  # or the garbage collector would flush what is parked
