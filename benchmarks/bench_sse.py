@@ -38,10 +38,11 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from baton.chat_template import ChatTemplate
 from baton.clock import SystemClock
+from baton.garbage import tune_garbage_collector
 from baton.messages import Role, WorkerRecord
 from baton.request import FinishReason, Request, WorkerId
 from baton.tokenizer import Tokenizer
-from baton_router.app import App, create_app, serve_http, tune_garbage_collector
+from baton_router.app import App, create_app, serve_http
 from baton_router.fleet_view import IndexHealth
 from baton_router.front_door import FrontDoor
 from baton_router.generation import Record, Tokens, TokenStream

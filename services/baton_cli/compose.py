@@ -21,6 +21,7 @@ from baton.engine.engine import Engine
 from baton.engine.model_runner import TorchModelRunner, load_runner
 from baton.engine.worker import Worker
 from baton.events import LogEvents
+from baton.garbage import tune_garbage_collector
 from baton.index.base import PrefixIndex
 from baton.index.redis import RedisIndex
 from baton.messages import Role, WorkerRecord
@@ -88,6 +89,7 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
         metrics.set_transport(transport.name)
         metrics_port = await closing.enter_async_context(_metrics(config, worker, metrics, registry))
         event(log, "KV blocks travel over this transport", transport=transport.name, address=kv_address)
+        tune_garbage_collector()
         await worker.serve(
             GrpcRpc(clock),
             f"{config.host}:{config.port}",

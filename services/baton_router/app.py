@@ -1,7 +1,6 @@
 """The HTTP application and its server."""
 
 import asyncio
-import gc
 import logging
 import re
 import socket
@@ -168,14 +167,6 @@ async def serve_http(app: App, host: str, port: int) -> HttpServer:
     server = HttpServer(app, _Server(config), _listen(host, port))
     await server.started()
     return server
-
-
-def tune_garbage_collector() -> None:
-    """For a process that serves and does little else, once it is set up: what is there now is not looked at again,
-    and what comes and goes with requests less often; reference counts free nearly all of it at once."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
 
 
 def _listen(host: str, port: int) -> socket.socket:

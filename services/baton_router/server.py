@@ -12,12 +12,13 @@ from prometheus_client import CollectorRegistry
 from baton.clock import Clock, SystemClock
 from baton.config import RouterConfig
 from baton.events import LogEvents
+from baton.garbage import tune_garbage_collector
 from baton.index.base import PrefixIndex
 from baton.index.redis import RedisIndex
 from baton.model_files import resolve_model
 from baton.rpc import GrpcRpc, Server
 from baton.tokenizer import load_tokenizer
-from baton_router.app import HttpServer, create_app, serve_http, tune_garbage_collector
+from baton_router.app import HttpServer, create_app, serve_http
 from baton_router.fleet import Fleet
 from baton_router.front_door import FrontDoor
 from baton_router.grpc_api import RouterService
