@@ -93,7 +93,7 @@ class Pipeline:
                     await self._run_alone(request, record, stream, link, timeout_s)
                 else:
                     source = self._fleet.link(prefill)
-                    await self._run_pair(request, record, stream, source, link, timeout_s)
+                    await self._run_pair(_Chains(request), record, stream, source, link, timeout_s)
         except TimeoutError:
             raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
         stream.end()
@@ -107,11 +107,12 @@ class Pipeline:
     async def _serve(self, request: Request, record: Record, stream: TokenStream, timeout_s: float) -> None:
         try:
             async with self._clock.timeout(timeout_s):
-                prefill, decode = self._place(request, record)
+                chains = _Chains(request)
+                prefill, decode = self._place(chains, record)
                 if prefill is None:
                     await self._run_alone(request, record, stream, decode, timeout_s)
                 else:
-                    await self._run_pair(request, record, stream, prefill, decode, timeout_s)
+                    await self._run_pair(chains, record, stream, prefill, decode, timeout_s)
             stream.end()
         except TimeoutError:
             self._fail(record, stream, DeadlineExceeded(f"not finished within {timeout_s:g} s"))
@@ -127,21 +128,21 @@ class Pipeline:
 
     async def _run_pair(
         self,
-        request: Request,
+        chains: "_Chains",
         record: Record,
         stream: TokenStream,
         prefill: Link,
         decode: Link,
         timeout_s: float,
     ) -> None:
-        session = decode.session
+        session, request = decode.session, chains.request
         attempt = session.submit(request, stream, epoch=1, remote_prefill=True, deadline_s=timeout_s)
         try:
             ticket = await self._ticket(attempt)
             record.ticket_s = self._clock.now()
             record.transport = ticket.transport
             record.num_cached_tokens_decode = ticket.num_cached_tokens
-            self._confirm(request, ticket)
+            self._confirm(chains, ticket)
             call = PrefillCall(request, ticket, min(timeout_s, self._config.prefill_timeout_s))
             result = await _while_alive(attempt, prefill.prefill(call, call.deadline_s))
             record.num_cached_tokens_prefill = result.num_cached_tokens
@@ -167,14 +168,15 @@ class Pipeline:
         finally:
             session.cancel(attempt)
 
-    def _place(self, request: Request, record: Record) -> tuple[Link | None, Link]:
+    def _place(self, chains: "_Chains", record: Record) -> tuple[Link | None, Link]:
         """Raises Unavailable when nobody could serve it."""
+        request = chains.request
         links = self._fleet.ready()
         decodes = [link for link in links if Role.DECODE in link.record.roles]
         prefills = [link for link in links if Role.PREFILL in link.record.roles]
         if not decodes:
             raise Unavailable("no decode worker is ready", retry_after_s=1.0)
-        held = self._held_blocks(request, decodes + prefills)
+        held = self._held_blocks(chains, decodes + prefills)
         placement = place(
             request.num_prompt_tokens,
             request.sampling.max_tokens,
@@ -196,24 +198,22 @@ class Pipeline:
         prefill = self._fleet.link(placement.prefill) if placement.prefill is not None else None
         return prefill, self._fleet.link(placement.decode)
 
-    def _held_blocks(self, request: Request, links: list[Link]) -> dict[WorkerId, int]:
+    def _held_blocks(self, chains: "_Chains", links: list[Link]) -> dict[WorkerId, int]:
         """Leading blocks of the prompt that each worker is said to hold. Workers of another fingerprint hash to other
         names, so each kind is looked up by its own."""
         held: dict[WorkerId, int] = {}
-        chains: dict[tuple[str, int], dict[WorkerId, int]] = {}
+        matches: dict[tuple[str, int], dict[WorkerId, int]] = {}
         for link in links:
             kind = (link.record.fingerprint, link.record.block_size)
-            if kind not in chains:
-                root = root_hash(*kind, request.cache_salt)
-                hashes: list[BlockHash] = block_hashes(root, request.prompt_token_ids, link.record.block_size)
-                chains[kind] = self._fleet.mirror.match(hashes)
-            held[link.record.worker_id] = chains[kind].get(link.record.worker_id, 0)
+            if kind not in matches:
+                matches[kind] = self._fleet.mirror.match(chains.hashes(*kind))
+            held[link.record.worker_id] = matches[kind].get(link.record.worker_id, 0)
         return held
 
-    def _confirm(self, request: Request, ticket: Ticket) -> None:
+    def _confirm(self, chains: "_Chains", ticket: Ticket) -> None:
         """The ticket says what is really held; a worker never counts the block of the last prompt token."""
-        root = root_hash(ticket.fingerprint, ticket.block_size, request.cache_salt)
-        hashes = block_hashes(root, request.prompt_token_ids[:-1], ticket.block_size)
+        num_blocks = (chains.request.num_prompt_tokens - 1) // ticket.block_size
+        hashes = chains.hashes(ticket.fingerprint, ticket.block_size)[:num_blocks]
         self._fleet.mirror.confirm(ticket.worker_id, hashes, ticket.num_cached_tokens // ticket.block_size)
 
     async def _ticket(self, attempt: Attempt) -> Ticket:
@@ -259,6 +259,21 @@ class Pipeline:
             reason=record.finish_reason,
             error=record.error,
         )
+
+
+class _Chains:
+    """The block hashes of one prompt, made once for each kind of worker: placement and the ticket both ask."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self._hashes: dict[tuple[str, int], list[BlockHash]] = {}
+
+    def hashes(self, fingerprint: str, block_size: int) -> list[BlockHash]:
+        kind = (fingerprint, block_size)
+        if kind not in self._hashes:
+            root = root_hash(fingerprint, block_size, self.request.cache_salt)
+            self._hashes[kind] = block_hashes(root, self.request.prompt_token_ids, block_size)
+        return self._hashes[kind]
 
 
 def _candidate(link: Link, held: dict[WorkerId, int]) -> Candidate:

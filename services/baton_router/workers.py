@@ -133,10 +133,6 @@ class Session:
         for attempt in tuple(self._attempts.values()):
             attempt.fail(error)
 
-    @property
-    def num_attempts(self) -> int:
-        return len(self._attempts)
-
     def _send(self, message: SessionUp) -> None:
         self._out.append(message)
         self._wake.set()
