@@ -14,25 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from baton.config import EngineConfig, ModelConfig
-from baton.engine.batch import Batch, BatchRow, LayerListener
+from baton.engine.batch import Batch, LayerListener
 from baton.engine.sampler import sample
 from baton.engine.structured import Grammars
 from baton.errors import ConfigError, InternalError
 from baton.kv.layout import KVLayout
-from baton.kv.storage import DTYPES, KVStorage
+from baton.kv.storage import KVStorage
 from baton.model import loader
-from baton.model.attention import PagedBatch
+from baton.model.attention import Chunk, StepAttention
 from baton.model.layers import LayerSpec, kv_layout, paged_layers, plain_layers
+from baton.model.step import planner_for
 from baton.model_files import resolve_model
 from baton.tokenizer import load_tokenizer
 from baton.transfer.wire import VERSION as WIRE_VERSION
-from baton_kernels import naive
 
 
 class _Inputs(NamedTuple):
     input_ids: Tensor  # [1, T]
     position_ids: Tensor  # [1, T]
-    paged: PagedBatch
+    paged: StepAttention
     sampled: list[int]  # rows of the batch that get a token, in the order of their logits
     last_tokens: Tensor  # [len(sampled)], index into T
 
@@ -59,8 +59,7 @@ class TorchModelRunner:
         self._model = model
         self._storage = storage
         self._layers = paged_layers(layers or plain_layers(storage.layout), storage)
-        self._windows = {layer.window for layer in self._layers}
-        self._dtype = DTYPES[storage.layout.dtype]
+        self._planner = planner_for(self._layers, storage.layout.block_size)
         # On other devices a layer's KV is written some time after the call that asks for it.
         self._tells_layers = storage.data.device.type == "cpu"
         # The number of OpenMP threads is a property of the thread that starts them.
@@ -127,44 +126,11 @@ class TorchModelRunner:
             blocks.extend([row.block_table[position // block_size] for position in span])
             ends.append(len(token_ids))
         on_device = torch.from_numpy(np.array([token_ids, positions, blocks])).to(device)
-        num_decodes = sum(len(row.token_ids) == 1 for row in rows)
-        paged = PagedBatch(
-            layers=self._layers,
-            writes=naive.Positions(on_device[2], on_device[1] % block_size),
-            num_decodes=num_decodes,
-            decode=self._plan_decode(rows[:num_decodes], on_device[1, :num_decodes]),
-            prefills=tuple(
-                (end - len(row.token_ids), end, self._plan_prefill(row))
-                for row, end in zip(rows[num_decodes:], ends[num_decodes:], strict=True)
-            ),
-        )
+        chunks = [Chunk(row.start, len(row.token_ids), row.block_table) for row in rows]
+        paged = self._planner.plan(chunks, on_device[1], on_device[2])
         last = [(i, end - 1) for i, row, end in zip(order, rows, ends, strict=True) if row.sample]
         last_tokens = torch.tensor([index for _, index in last], dtype=torch.int64, device=device)
         return _Inputs(on_device[:1], on_device[1:2], paged, [i for i, _ in last], last_tokens)
-
-    def _plan_decode(
-        self, rows: list[BatchRow], positions: Tensor
-    ) -> dict[naive.Window | None, naive.DecodePlan]:
-        if not rows:
-            return {}
-        block_size, device = self._storage.layout.block_size, positions.device
-        tables = np.zeros((len(rows), max(len(row.block_table) for row in rows)), dtype=np.int64)
-        for table, row in zip(tables, rows, strict=True):
-            table[: len(row.block_table)] = row.block_table
-        on_device, lens = torch.from_numpy(tables).to(device), positions + 1
-        longest = max(row.start for row in rows) + 1
-        return {
-            window: naive.plan_decode(on_device, lens, longest, block_size, self._dtype, window)
-            for window in self._windows
-        }
-
-    def _plan_prefill(self, row: BatchRow) -> dict[naive.Window | None, naive.PrefillPlan]:
-        table = torch.tensor(row.block_table, device=self._storage.data.device)
-        block_size = self._storage.layout.block_size
-        return {
-            window: naive.plan_prefill(table, row.start, len(row.token_ids), block_size, window)
-            for window in self._windows
-        }
 
 
 def _in_order(listener: LayerListener, loop: asyncio.AbstractEventLoop) -> Callable[[int], None]:

@@ -1,23 +1,21 @@
 """Our attention, called by transformers' modelling code in place of its own.
 
 A step is one ragged row of tokens, [1, T]: first one token for each sequence that decodes, then the chunks of
-prompts. What each of them sees is in a `PagedBatch`, which travels through the model as a keyword argument:
+prompts. What each of them sees is in a `StepAttention`, which travels through the model as a keyword argument:
 
     model(input_ids, position_ids=..., baton_batch=batch)  -->  paged_attention(..., baton_batch=batch)
 
 Before the first step `layers.learn_layers` sends a `Probe` the same way, which notes what every layer asks for.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from baton.errors import ConfigError
 from baton.model.mla import latent_of
-from baton_kernels import naive
+from baton_kernels.naive import Window
 
 NAME = "baton_paged"
 
@@ -44,46 +42,33 @@ class PagedLayer(NamedTuple):
     kv: int  # layer of the pool
     k_cache: Tensor  # see baton_kernels.naive
     v_cache: Tensor
-    window: naive.Window | None
+    window: Window | None
     writes: bool  # False: it reads the KV of an earlier layer
 
 
-@dataclass(slots=True)
-class PagedBatch:
-    """Made once per step, read by every layer. `num_layers_seen` counts their calls."""
+class Chunk(NamedTuple):
+    """Tokens [start, start + num_tokens) of one sequence; the KV of positions below `start` is there already."""
 
-    layers: tuple[PagedLayer, ...]
-    writes: naive.Positions  # [T], where the KV of this step's tokens goes
-    num_decodes: int
-    # Plans for each window that a layer has:
-    decode: dict[naive.Window | None, naive.DecodePlan]  # of the first num_decodes tokens; empty without any
-    prefills: tuple[tuple[int, int, dict[naive.Window | None, naive.PrefillPlan]], ...]  # tokens [start, end)
-    on_written: Callable[[int], None] | None = None  # told each layer of the pool once its KV is there
-    num_layers_seen: int = 0
+    start: int
+    num_tokens: int
+    block_table: Sequence[int]  # covers start + num_tokens positions
 
-    def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Options
-    ) -> Tensor:
-        """Writes the tokens' K and V to the pool, then attends to what is in the pool."""
-        self.num_layers_seen += 1
-        kv, k_cache, v_cache, window, writes = self.layers[module.layer_idx]  # type: ignore[index]
-        if writes:
-            value_kept = value[..., : v_cache.shape[-1]].to(v_cache.dtype)
-            naive.write_kv(key.to(k_cache.dtype), value_kept, k_cache, v_cache, self.writes)
-            if self.on_written is not None:
-                self.on_written(kv)
-        if v_cache.shape[-1] == 0:  # V is the front of K, see mla.py
-            v_cache = k_cache[..., : value.shape[-1]]
-        query, scale = query.to(k_cache.dtype), options.scale
-        extra: dict[str, Any] = {"softcap": options.softcap, "sinks": options.sinks}
-        outs = []
-        if self.decode:
-            decoding, decode = query[: self.num_decodes], self.decode[window]
-            outs.append(naive.paged_decode_attention(decoding, k_cache, v_cache, decode, scale, **extra))
-        for start, end, plans in self.prefills:
-            chunk, plan = query[start:end], plans[window]
-            outs.append(naive.paged_prefill_attention(chunk, k_cache, v_cache, plan, scale, **extra))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+class StepAttention(Attend, Protocol):
+    """Made once per step, called by every layer: writes the tokens' K and V to the pool, then attends to what is in
+    the pool."""
+
+    num_layers_seen: int  # that have called
+    on_written: Callable[[int], None] | None  # told each layer of the pool once its KV is there
+
+
+class Planner(Protocol):
+    """What a worker computes attention with, chosen at load (`step.planner_for`)."""
+
+    def plan(self, chunks: Sequence[Chunk], positions: Tensor, blocks: Tensor) -> StepAttention:
+        """The chunks of one token come first. positions and blocks [T] int64 on the device: of each token of the
+        step, and the block in which its KV goes."""
+        ...
 
 
 class Relay:

@@ -1,0 +1,25 @@
+"""Which implementation of a step's attention a worker uses: decided once, at load."""
+
+import torch
+
+from baton.model.attention import PagedLayer, Planner
+from baton.model.naive_step import NaivePlanner
+
+MAX_KERNEL_DIM = 256  # of a head: what the attention kernels are compiled and checked for
+
+
+def planner_for(layers: tuple[PagedLayer, ...], block_size: int) -> Planner:
+    """The Triton kernels on a GPU; plain torch on the CPU, and for latent attention, whose heads are wider than the
+    kernels take."""
+    k_cache = layers[0].k_cache
+    if k_cache.device.type != "cuda" or not all(map(kernels_cover, layers)):
+        return NaivePlanner(layers, block_size, k_cache.dtype)
+    from baton.model.triton_step import TritonPlanner  # Triton is there with CUDA builds of torch only
+
+    properties = torch.cuda.get_device_properties(k_cache.device)
+    return TritonPlanner(layers, block_size, properties.multi_processor_count)
+
+
+def kernels_cover(layer: PagedLayer) -> bool:
+    k_dim, v_dim = layer.k_cache.shape[-1], layer.v_cache.shape[-1]
+    return 0 < v_dim <= MAX_KERNEL_DIM and k_dim <= MAX_KERNEL_DIM
