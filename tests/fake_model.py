@@ -1,8 +1,8 @@
 """A model without weights for tests of the engine: its KV is the tokens themselves, kept in a real pool of
 blocks.
 
-The next token is a digest of what the pool holds for the whole context, so a wrong, stale or overwritten
-block changes the answer; `expected_tokens` is what a right one gives.
+The next token is a digest of the request's seed and of what the pool holds for the whole context, so a wrong, stale
+or overwritten block changes the answer; `expected_tokens` is what a right one gives.
 """
 
 import asyncio
@@ -39,6 +39,9 @@ class FakeStorage:
         for position, token_id in enumerate(token_ids, start):
             self.slot(block_table, position)[:] = token_id.to_bytes(TOKEN_BYTES, "little")
 
+    def copy(self, source: BlockId, destination: BlockId) -> None:
+        self.region(destination, 0, 1)[:] = self.region(source, 0, 1)
+
     def read(self, block_table: Sequence[BlockId], num_tokens: int) -> bytes:
         return b"".join(bytes(self.slot(block_table, position)) for position in range(num_tokens))
 
@@ -66,6 +69,8 @@ class FakeRunner:
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
+        for copy in batch.copies:
+            self.storage.copy(*copy)
         return tuple(token for row in batch.rows if (token := self._run(row)) is not None)
 
     async def aclose(self) -> None:
@@ -77,18 +82,20 @@ class FakeRunner:
             return None
         if row.request_id in self.nan_requests:
             return -1
-        return _next_token(self.storage.read(row.block_table, row.start + len(row.token_ids)))
+        context = self.storage.read(row.block_table, row.start + len(row.token_ids))
+        return _next_token(context, row.sampling.seed or 0)
 
 
-def _next_token(context: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(context, digest_size=8).digest(), "little") % VOCAB_SIZE
+def _next_token(context: bytes, seed: int) -> int:
+    digest = hashlib.blake2b(context, digest_size=8, salt=seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "little") % VOCAB_SIZE
 
 
-def expected_tokens(prompt: Sequence[int], num_tokens: int) -> list[int]:
+def expected_tokens(prompt: Sequence[int], num_tokens: int, seed: int = 0) -> list[int]:
     context = b"".join(token.to_bytes(TOKEN_BYTES, "little") for token in prompt)
     tokens: list[int] = []
     for _ in range(num_tokens):
-        tokens.append(_next_token(context))
+        tokens.append(_next_token(context, seed))
         context += tokens[-1].to_bytes(TOKEN_BYTES, "little")
     return tokens
 
@@ -102,9 +109,15 @@ def make_engine(
 
 
 def make_request(
-    name: str, prompt: Sequence[int], max_tokens: int = 8, *, stop: tuple[int, ...] = (), cache_salt: str = ""
+    name: str,
+    prompt: Sequence[int],
+    max_tokens: int = 8,
+    *,
+    stop: tuple[int, ...] = (),
+    cache_salt: str = "",
+    seed: int | None = None,
 ) -> Request:
-    sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop)
+    sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop, seed=seed)
     return Request(RequestId(name), tuple(prompt), sampling, cache_salt=cache_salt)
 
 

@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from baton.engine.batch import Sequence
 from baton.kv.cache_manager import KVCacheManager
@@ -122,6 +122,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.sequences: list[Sequence] = []
         self.content: dict[BlockId, list[int]] = {}  # what the device would hold
 
+    @initialize(enable_prefix_caching=st.booleans())
+    def start(self, enable_prefix_caching: bool) -> None:
+        self.kv = _manager(self.NUM_BLOCKS, enable_prefix_caching=enable_prefix_caching)
+
     @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20), salt=st.sampled_from(["", "b"]))
     def admit(self, prompt: list[int], salt: str) -> None:
         sequence = _sequence(prompt, salt)
@@ -131,6 +135,17 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             assert self.kv.num_free_blocks == free_before and not sequence.block_table
 
+    @precondition(lambda self: any(self.kv.can_fork(s) for s in self.sequences))
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        parent = data.draw(st.sampled_from([s for s in self.sequences if self.kv.can_fork(s)]))
+        child = _sequence(list(parent.request.prompt_token_ids), parent.request.cache_salt)
+        free_before = self.kv.num_free_blocks
+        if self.kv.fork(child, parent, len(child.token_ids) + 1):
+            self.sequences.append(child)
+        else:
+            assert self.kv.num_free_blocks == free_before and not child.block_table
+
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), count=st.integers(1, 9))
     def compute(self, data: st.DataObject, count: int) -> None:
@@ -139,6 +154,9 @@ class CacheMachine(RuleBasedStateMachine):
         end = min(start + count, len(sequence.token_ids))
         if not self.kv.allocate(sequence, end):
             return
+        if sequence.block_copy is not None:
+            source, destination = sequence.block_copy
+            self.content[destination] = self.content[source].copy()
         for position in range(start, end):
             index, offset = divmod(position, BLOCK_SIZE)
             block_id = sequence.block_table[index]
@@ -167,6 +185,12 @@ class CacheMachine(RuleBasedStateMachine):
         for sequence in self.sequences:
             seen = [token for block_id in sequence.block_table for token in self.content.get(block_id, [])]
             computed = sequence.num_computed_tokens
+            if sequence.block_copy is not None:
+                source, destination = sequence.block_copy
+                computed -= computed % BLOCK_SIZE
+                rest = sequence.token_ids[computed : sequence.num_computed_tokens]
+                assert self.content[source][: len(rest)] == rest, "the source of a copy was given away"
+                assert destination == sequence.block_table[computed // BLOCK_SIZE]
             assert seen[:computed] == sequence.token_ids[:computed]
 
 

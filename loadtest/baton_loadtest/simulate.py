@@ -50,6 +50,10 @@ class FakeStorage:
         start = position % block_size * KV_BYTES_PER_TOKEN
         return region[start : start + KV_BYTES_PER_TOKEN]
 
+    def copy(self, source: BlockId, destination: BlockId) -> None:
+        num_layers = self.layout.num_layers
+        self.region(destination, 0, num_layers)[:] = self.region(source, 0, num_layers)
+
     def next_token(self, block_table: Sequence[BlockId], num_tokens: int) -> int:
         """Drawn from every KV byte of the first num_tokens positions, block by block."""
         state = hashlib.blake2b()
@@ -108,6 +112,8 @@ class FakeModelRunner:
         num_prefill = sum(len(row.token_ids) for row in batch.rows if len(row.token_ids) > 1)
         num_decode = len(batch.rows)
         step_s = speed.step_s + num_prefill * speed.prefill_token_s + num_decode * speed.decode_row_s
+        for copy in batch.copies:
+            self.storage.copy(*copy)
         num_layers, start = self.storage.layout.num_layers, 0
         for end in (*(listener.ends if listener else ()), num_layers):
             await self._clock.sleep(step_s * (end - start) / num_layers)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton.engine.sampling_state import Matcher, SamplingState
-from baton.kv.block import BlockHash, num_blocks_for
+from baton.kv.block import BlockCopy, BlockHash, num_blocks_for
 from baton.kv.layout import BlockStorage
 from baton.request import BlockId, FinishReason, Grammar, Request, RequestId, SamplingParams, TokenLogprobs
 
@@ -41,6 +41,12 @@ class Sequence:
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when admitted
     block_table: list[BlockId] = field(default_factory=list)
     block_hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks known so far
+    parent: "Sequence | None" = (
+        None  # until admitted: the one with the same prompt whose blocks it will share
+    )
+    block_copy: BlockCopy | None = (
+        None  # to be made before its next tokens are computed; the source is kept till then
+    )
     sampling_state: SamplingState | None = None  # where its parameters need one
     finish_reason: FinishReason | None = None
     in_flight: bool = (
@@ -93,10 +99,12 @@ class LayerListener:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Ragged: rows one after another, prompt chunks and single decode tokens in one step."""
+    """Ragged: rows one after another, prompt chunks and single decode tokens in one step. `copies` are made before
+    anything is written; no destination is a source or comes twice."""
 
     rows: tuple[BatchRow, ...]
     listener: LayerListener | None = None
+    copies: tuple[BlockCopy, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -3,6 +3,7 @@
     add       a prompt to be computed here; prefill_only: stops after the first token, keeps its blocks: HELD
     reserve   a prompt whose KV is computed elsewhere; when admitted its blocks can be written to: RESERVED
     activate  the KV has arrived, the sequence decodes from its first token on
+    fork      one more answer to a prompt that is here already
     abort     the end of any of them, at any time; release is the end of a HELD one
     step      schedule, run, process
 
@@ -33,7 +34,7 @@ from baton.engine.rates import StepRates
 from baton.engine.sampling_state import SamplingState, check_sampling, needs_state
 from baton.engine.scheduler import ScheduledRow, Scheduler
 from baton.errors import BatonError, ConfigError, InvalidRequest, Overloaded, RequestTooLarge
-from baton.kv.block import BlockHash
+from baton.kv.block import BlockCopy, BlockHash
 from baton.kv.cache_manager import KVCacheManager
 from baton.messages import Load
 from baton.request import FinishReason, Request, RequestId, TokenLogprobs
@@ -87,6 +88,17 @@ class Engine:
         its blocks are there; the first `num_cached_tokens` positions, a multiple of the block size and always
         less than the whole prompt, are filled already and must not be written."""
         self._enqueue(request, remote=True)
+
+    def fork(self, parent_id: RequestId, request: Request) -> None:
+        """Like `add`, for another answer to the prompt of `parent_id`, which may be in any state: the child waits
+        for its prompt, wherever that is computed, then shares its blocks (copy on write) and draws tokens of its
+        own from the first one on. When the parent has gone or goes before, the child is computed like any other."""
+        parent = self._sequences.get(parent_id)
+        if parent is not None and not _same_prompt(parent.request, request):
+            raise InvalidRequest(
+                f"request {request.request_id} is no fork of {parent_id}: the prompts differ"
+            )
+        self._enqueue(request, parent=parent)
 
     def admit(self) -> tuple[RequestId, ...]:
         """Grant the reservations at the head of the queue now, without a step. Returns those that got their
@@ -147,7 +159,7 @@ class Engine:
         if not rows:
             self.work.clear()
             return StepOutput((), tuple(granted), 0, 0.0)
-        batch = Batch(tuple(map(_batch_row, rows)), self._layer_listener(rows))
+        batch = Batch(tuple(map(_batch_row, rows)), self._layer_listener(rows), _copies(rows))
         started_s = self._clock.now()
         tokens, error = await self._execute(rows, batch)
         seconds = self._clock.now() - started_s
@@ -167,7 +179,7 @@ class Engine:
     # --- what others want to know ---
 
     def load(self) -> Load:
-        waiting = sum(len(s.token_ids) for s in self._scheduler.waiting if not s.remote)
+        waiting = sum(1 if s.parent else len(s.token_ids) for s in self._scheduler.waiting if not s.remote)
         running = sum(len(s.token_ids) - s.num_computed_tokens - 1 for s in self._scheduler.running)
         return Load(
             num_running=len(self._scheduler.running) + self._scheduler.num_reserved,
@@ -216,12 +228,20 @@ class Engine:
 
     # --- a sequence's way through ---
 
-    def _enqueue(self, request: Request, *, remote: bool = False, prefill_only: bool = False) -> None:
+    def _enqueue(
+        self,
+        request: Request,
+        *,
+        remote: bool = False,
+        prefill_only: bool = False,
+        parent: Sequence | None = None,
+    ) -> None:
         self._check(request)
         sequence = Sequence(
             request,
             remote=remote,
             prefill_only=prefill_only,
+            parent=parent,
             token_ids=list(request.prompt_token_ids),
             sampling_state=self._sampling_state(request),
             arrival_s=self._clock.now(),
@@ -378,6 +398,14 @@ class Engine:
     def _drop(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
         self._scheduler.remove(sequence)
+
+
+def _same_prompt(a: Request, b: Request) -> bool:
+    return a.prompt_token_ids == b.prompt_token_ids and a.cache_salt == b.cache_salt
+
+
+def _copies(rows: list[ScheduledRow]) -> tuple[BlockCopy, ...]:
+    return tuple(s.block_copy for s, _ in rows if s.block_copy is not None)
 
 
 def _batch_row(row: ScheduledRow) -> BatchRow:

@@ -88,6 +88,9 @@ class TorchModelRunner:
 
     @torch.inference_mode()
     def _run(self, batch: Batch, on_written: Callable[[int], None] | None) -> tuple[int, ...]:
+        if batch.copies:
+            sources, destinations = map(list, zip(*batch.copies, strict=True))
+            self._storage.data[destinations] = self._storage.data[sources]
         inputs = self._prepare(batch)
         inputs.paged.on_written = on_written
         logits = self._model(

@@ -11,7 +11,7 @@ computes some of them, one for a sequence that decodes, a chunk for a prompt.
 Order. Running sequences come first, those that decode before those that still compute their prompt, so a long
 prompt delays them by no more than the token budget. What is left of the budget goes to the waiting queue,
 strictly first come first served, local sequences and reservations alike: nothing overtakes a big request, so
-nothing starves.
+nothing starves. Only a fork is passed over, as long as its parent's prompt is under way.
 
 Blocks. A sequence is admitted with blocks for all its tokens and the next one, or not at all; only decoding
 asks for more. When none is left the sequence admitted last gives its blocks back and returns to the front of
@@ -60,6 +60,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> Schedule:
+        """Copies of blocks that the rows' sequences ask for have to be made before their tokens are computed."""
         budget = self._max_num_batched_tokens
         rows: list[ScheduledRow] = []
 
@@ -74,8 +75,7 @@ class Scheduler:
 
         # 2. The waiting queue. One that had to give way above is at its head and cannot have room again already.
         admitted: list[Sequence] = []
-        while self.waiting:
-            sequence = self.waiting[0]
+        for sequence in self._in_line():
             if not (sequence.remote or budget) or not self._admit(sequence):
                 break
             admitted.append(sequence)
@@ -88,7 +88,9 @@ class Scheduler:
     def admit_reservations(self) -> list[Sequence]:
         """Those at the head of the queue, without a step; harmless while one runs."""
         admitted = []
-        while self.waiting and self.waiting[0].remote and self._admit(sequence := self.waiting[0]):
+        for sequence in self._in_line():
+            if not sequence.remote or not self._admit(sequence):
+                break
             admitted.append(sequence)
         return admitted
 
@@ -121,6 +123,18 @@ class Scheduler:
         assert all(s.status is SequenceStatus.RUNNING and s.block_table for s in self.running)
         assert 0 <= self.num_reserved <= self._max_num_seqs - len(self.running)
 
+    def _in_line(self) -> list[Sequence]:
+        return [sequence for sequence in self.waiting if not self._waits_for_parent(sequence)]
+
+    def _waits_for_parent(self, sequence: Sequence) -> bool:
+        """One that has gone, or whose prompt is there, is not waited for."""
+        parent = sequence.parent
+        return (
+            parent is not None
+            and parent.status is not SequenceStatus.FINISHED
+            and not self._kv.can_fork(parent)
+        )
+
     def _admit(self, sequence: Sequence) -> bool:
         if len(self.running) + self.num_reserved >= self._max_num_seqs:
             return False
@@ -128,15 +142,22 @@ class Scheduler:
         # An empty pool may be filled to the brim: otherwise the largest request that fits would wait for
         # ever.
         keep_free = self._watermark if self._kv.num_used_blocks else 0
-        if not self._kv.allocate(sequence, num_tokens, keep_free=keep_free):
+        if not self._take_blocks(sequence, num_tokens, keep_free):
             return False
-        self.waiting.popleft()
+        self.waiting.remove(sequence)
+        sequence.parent = None
         if sequence.remote:
             sequence.status = SequenceStatus.RESERVED
             self.num_reserved += 1
         else:
             self._run(sequence)
         return True
+
+    def _take_blocks(self, sequence: Sequence, num_tokens: int, keep_free: int) -> bool:
+        parent = sequence.parent
+        if parent is not None and self._kv.can_fork(parent):
+            return self._kv.fork(sequence, parent, num_tokens, keep_free=keep_free)
+        return self._kv.allocate(sequence, num_tokens, keep_free=keep_free)
 
     def _run(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.RUNNING

@@ -7,11 +7,20 @@ equal hashes hold the same KV, so they may be shared. Positions are implied: a b
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import NewType
+from typing import NamedTuple, NewType
+
+from baton.request import BlockId
 
 BlockHash = NewType("BlockHash", bytes)
 
 HASH_BYTES = 16
+
+
+class BlockCopy(NamedTuple):
+    """The whole content of one block, all layers, into another one."""
+
+    source: BlockId
+    destination: BlockId
 
 
 def root_hash(fingerprint: str, block_size: int, cache_salt: str) -> BlockHash:

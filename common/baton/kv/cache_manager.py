@@ -3,19 +3,24 @@
 A sequence's table is filled front to back: first the blocks of a cached prefix, shared with others and never
 written again, then blocks of its own. A block is shared only once it is full and committed, so nobody writes
 to a shared one.
+
+A fork takes the prompt's blocks from a sibling instead, with or without a prefix cache. The block of the last prompt
+token is its own: it computes this token again, to draw its first one. What that block holds before this token is
+copied by the next step; until then the sibling's block is kept, whatever becomes of the sibling.
 """
 
 from collections import Counter
 from collections.abc import Iterator
 
 from baton.engine.batch import Sequence
-from baton.kv.block import BlockHash, extend_hashes, num_blocks_for, root_hash
+from baton.kv.block import BlockCopy, BlockHash, extend_hashes, num_blocks_for, root_hash
 from baton.kv.block_pool import BlockPool
 from baton.request import BlockId
 
 
 class KVCacheManager:
-    """Owns the pool, and of a Sequence: block_table, block_hashes, num_computed_tokens, num_cached_tokens."""
+    """Owns the pool, and of a Sequence: block_table, block_hashes, block_copy, num_computed_tokens,
+    num_cached_tokens."""
 
     def __init__(
         self, num_blocks: int, block_size: int, fingerprint: str, *, enable_prefix_caching: bool = True
@@ -79,9 +84,33 @@ class KVCacheManager:
         self._owners[sequence] = None
         return True
 
+    def can_fork(self, parent: Sequence) -> bool:
+        """Its whole prompt is in its blocks."""
+        return bool(parent.block_table) and parent.num_computed_tokens >= parent.request.num_prompt_tokens
+
+    def fork(self, sequence: Sequence, parent: Sequence, num_tokens: int, *, keep_free: int = 0) -> bool:
+        """Like `allocate` of a sequence without blocks, with the parent's prompt as its prefix."""
+        num_shared, num_to_copy = divmod(sequence.request.num_prompt_tokens - 1, self.block_size)
+        num_new = num_blocks_for(num_tokens, self.block_size) - num_shared
+        if num_new > max(0, self._pool.num_free - keep_free):
+            return False
+        shared = parent.block_table[:num_shared]
+        for block_id in shared:
+            self._pool.touch(block_id)
+        own = self._pool.allocate(num_new)
+        if num_to_copy:
+            sequence.block_copy = BlockCopy(parent.block_table[num_shared], own[0])
+            self._pool.touch(sequence.block_copy.source)
+        sequence.block_table.extend((*shared, *own))
+        sequence.block_hashes = parent.block_hashes[:num_shared]
+        sequence.num_computed_tokens = sequence.num_cached_tokens = sequence.request.num_prompt_tokens - 1
+        self._owners[sequence] = None
+        return True
+
     def commit(self, sequence: Sequence, num_computed_tokens: int) -> None:
         """KV of the first num_computed_tokens tokens is in the blocks: those that became full can be
         shared."""
+        self._drop_copy(sequence)
         num_full_before = sequence.num_computed_tokens // self.block_size
         num_full = num_computed_tokens // self.block_size
         sequence.num_computed_tokens = num_computed_tokens
@@ -94,6 +123,7 @@ class KVCacheManager:
     def free(self, sequence: Sequence) -> None:
         """Give all blocks back; nothing is computed any more. Full ones stay cached until their memory is
         needed."""
+        self._drop_copy(sequence)
         # In reverse, so that the end of a chain is evicted before its beginning.
         for block_id in reversed(sequence.block_table):
             self._pool.release(block_id)
@@ -112,15 +142,23 @@ class KVCacheManager:
         return self._pool.drain_events()
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless every used block is in exactly as many tables as it has references."""
+        """Raises AssertionError unless every used block is in exactly as many tables as it has references, those of
+        copies to be made included."""
         self._pool.check_integrity()
         tables = Counter(block_id for owner in self._owners for block_id in owner.block_table)
+        tables.update(owner.block_copy.source for owner in self._owners if owner.block_copy is not None)
         assert all(self._pool.ref_cnt(block_id) == count for block_id, count in tables.items())
         assert len(tables) == self.num_used_blocks, "a used block is in no table: leaked"
         assert self.num_used_blocks + self.num_free_blocks == self.num_blocks
         for owner in self._owners:
             assert len(set(owner.block_table)) == len(owner.block_table)
             assert owner.num_computed_tokens <= len(owner.block_table) * self.block_size
+
+    def _drop_copy(self, sequence: Sequence) -> None:
+        """It has been made, or is not needed any more."""
+        if sequence.block_copy is not None:
+            self._pool.release(sequence.block_copy.source)
+            sequence.block_copy = None
 
     def _extend_hashes(self, sequence: Sequence, num_blocks: int) -> None:
         hashes = sequence.block_hashes
