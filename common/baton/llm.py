@@ -22,7 +22,7 @@ from baton.engine.engine import Engine
 from baton.engine.model_runner import load_runner
 from baton.errors import ConfigError, InvalidRequest
 from baton.model_files import TOKENIZER_FILES, WEIGHT_FILES, eos_token_ids, resolve_model
-from baton.request import FinishReason, Request, RequestId, SamplingParams, TokenLogprobs
+from baton.request import FinishReason, PromptLogprobs, Request, RequestId, SamplingParams, TokenLogprobs
 from baton.tokenizer import Tokenizer, load_tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -37,6 +37,7 @@ class RequestOutput:
     error: str = ""  # why, where finish_reason is ERROR
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token where they were asked for
+    prompt_logprobs: PromptLogprobs | None = None  # where they were asked for
 
 
 class LLM:
@@ -109,6 +110,7 @@ class LLM:
                     output = outputs[row.request_id]
                     output.token_ids.extend(row.token_ids)
                     output.logprobs.extend(row.logprobs)
+                    output.prompt_logprobs = row.prompt_logprobs or output.prompt_logprobs
                     if row.finish_reason is not None:
                         sequence = running.pop(row.request_id)
                         output.finish_reason, output.error = row.finish_reason, row.error

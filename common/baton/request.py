@@ -68,6 +68,7 @@ class SamplingParams:
     bad_words: tuple[TokenSequence, ...] = ()  # sequences that the generated tokens never contain
     min_tokens: int = 0  # neither stop tokens nor stop strings end the answer before
     logprobs: int | None = None  # of the drawn token and of that many most likely ones; None: not wanted
+    prompt_logprobs: int | None = None  # the same of each prompt token but the first
     grammar: Grammar | None = None
 
 
@@ -78,6 +79,17 @@ class TokenLogprobs:
     logprob: float
     top_token_ids: tuple[int, ...] = ()  # most likely first
     top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of each prompt token from the second on, which is the first that the model says anything about; column by
+    column, because there are many."""
+
+    logprobs: tuple[float, ...]
+    ranks: tuple[int, ...]  # 1: the most likely of all
+    top_token_ids: tuple[int, ...]  # as many per token as were asked for, most likely first
+    top_logprobs: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from baton.engine.prompt_scores import PromptScores
 from baton.engine.sampling_state import Matcher, SamplingState
 from baton.kv.block import BlockCopy, BlockHash, num_blocks_for
 from baton.kv.layout import BlockStorage
-from baton.request import BlockId, FinishReason, Grammar, Request, RequestId, SamplingParams, TokenLogprobs
+from baton.request import (
+    BlockId,
+    FinishReason,
+    Grammar,
+    PromptLogprobs,
+    Request,
+    RequestId,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 
 class SequenceStatus(enum.Enum):
@@ -48,6 +58,7 @@ class Sequence:
         None  # to be made before its next tokens are computed; the source is kept till then
     )
     sampling_state: SamplingState | None = None  # where its parameters need one
+    prompt_scores: PromptScores | None = None  # until they are told with the first token
     finish_reason: FinishReason | None = None
     in_flight: bool = (
         False  # part of the step that runs now: its blocks must not be given back before it ends
@@ -76,7 +87,8 @@ class Sequence:
 @dataclass(frozen=True, slots=True)
 class BatchRow:
     """Tokens [start, start + len(token_ids)) of one sequence: their KV is written, and with `sample` the token after
-    the last of them is drawn. The KV of positions below `start` is there already."""
+    the last of them is drawn. The KV of positions below `start` is there already. With `scores` all of these positions
+    are noted there that it has targets for."""
 
     request_id: RequestId
     start: int
@@ -85,6 +97,7 @@ class BatchRow:
     sample: bool
     sampling: SamplingParams
     state: SamplingState | None = None
+    scores: PromptScores | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +151,8 @@ class ModelRunner(Protocol):
 
     async def execute(self, batch: Batch) -> tuple[int, ...]:
         """One token per row with `sample`, in row order; negative where there is none, because the logits are NaN or
-        the request allows no token: that request fails, the others go on. Log probabilities go to the rows' states.
+        the request allows no token: that request fails, the others go on. Log probabilities go to the rows' states
+        and scores.
         Must not be abandoned half-way: when the awaiting task is cancelled it still waits for the device, because
         the step writes to the pool."""
         ...
@@ -157,6 +171,7 @@ class SequenceOutput:
     finish_reason: FinishReason | None
     error: str = ""  # why, where finish_reason is ERROR
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token where the request asked for them
+    prompt_logprobs: PromptLogprobs | None = None  # with the first token, where the request asked for them
 
 
 @dataclass(frozen=True, slots=True)

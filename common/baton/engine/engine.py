@@ -30,6 +30,7 @@ from baton.engine.batch import (
     SequenceStatus,
     StepOutput,
 )
+from baton.engine.prompt_scores import PromptScores, check_prompt_scores
 from baton.engine.rates import StepRates
 from baton.engine.sampling_state import SamplingState, check_sampling, needs_state
 from baton.engine.scheduler import ScheduledRow, Scheduler
@@ -37,7 +38,7 @@ from baton.errors import BatonError, ConfigError, InvalidRequest, Overloaded, Re
 from baton.kv.block import BlockCopy, BlockHash
 from baton.kv.cache_manager import KVCacheManager
 from baton.messages import Load
-from baton.request import FinishReason, Request, RequestId, TokenLogprobs
+from baton.request import FinishReason, PromptLogprobs, Request, RequestId, TokenLogprobs
 
 _log = logging.getLogger(__name__)
 
@@ -244,6 +245,7 @@ class Engine:
             parent=parent,
             token_ids=list(request.prompt_token_ids),
             sampling_state=self._sampling_state(request),
+            prompt_scores=None if remote else _prompt_scores(request),
             arrival_s=self._clock.now(),
         )
         self._sequences[request.request_id] = sequence
@@ -269,6 +271,7 @@ class Engine:
                 param="prompt",
             )
         check_sampling(request.sampling, self._runner.vocab_size)
+        check_prompt_scores(request.sampling, len(prompt))
         if len(self._scheduler.waiting) >= self._config.max_num_waiting:
             raise Overloaded(
                 f"{len(self._scheduler.waiting)} requests are waiting already", retry_after_s=self._queue_s()
@@ -349,6 +352,7 @@ class Engine:
             return self._fail(sequence, error.message)
 
     def _advance(self, sequence: Sequence, num_tokens: int, token: int | None) -> SequenceOutput:
+        prompt_logprobs = _take_prompt_logprobs(sequence) if token is not None else None
         self._kv.commit(sequence, sequence.num_computed_tokens + num_tokens)
         num_computed_tokens, first_index = sequence.num_computed_tokens, sequence.num_output_tokens
         if token is not None:
@@ -365,6 +369,7 @@ class Engine:
             new_tokens,
             sequence.finish_reason,
             logprobs=_logprobs(sequence) if new_tokens else (),
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _append(self, sequence: Sequence, token: int) -> None:
@@ -419,9 +424,21 @@ def _batch_row(row: ScheduledRow) -> BatchRow:
         end == len(sequence.token_ids),
         sequence.request.sampling,
         sequence.sampling_state,
+        sequence.prompt_scores,
     )
 
 
 def _logprobs(sequence: Sequence) -> tuple[TokenLogprobs, ...]:
     state = sequence.sampling_state
     return () if state is None or state.logprobs is None else (state.logprobs,)
+
+
+def _prompt_scores(request: Request) -> PromptScores | None:
+    wanted = request.sampling.prompt_logprobs
+    return None if wanted is None else PromptScores(request.prompt_token_ids, wanted)
+
+
+def _take_prompt_logprobs(sequence: Sequence) -> PromptLogprobs | None:
+    """Once: a sequence that is computed again has told them."""
+    scores, sequence.prompt_scores = sequence.prompt_scores, None
+    return None if scores is None else scores.result()

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from baton.config import EngineConfig, ModelConfig
-from baton.engine.batch import Batch, LayerListener
+from baton.engine.batch import Batch, BatchRow, LayerListener
 from baton.engine.sampler import sample
+from baton.engine.scoring import Scored, score
 from baton.engine.structured import Grammars
 from baton.errors import ConfigError, InternalError
 from baton.kv.layout import KVLayout
@@ -34,7 +35,8 @@ class _Inputs(NamedTuple):
     position_ids: Tensor  # [1, T]
     paged: StepAttention
     sampled: list[int]  # rows of the batch that get a token, in the order of their logits
-    last_tokens: Tensor  # [len(sampled)], index into T
+    scored: list[Scored]  # whose logits come after those
+    wanted: Tensor  # [len(sampled) + rows of scored], index into T: positions whose logits are needed
 
 
 class TorchModelRunner:
@@ -97,15 +99,18 @@ class TorchModelRunner:
             input_ids=inputs.input_ids,
             position_ids=inputs.position_ids,
             use_cache=False,
-            logits_to_keep=inputs.last_tokens,
+            logits_to_keep=inputs.wanted,
             baton_batch=inputs.paged,
         ).logits[0]
-        if len(logits) != len(inputs.sampled):  # the model does not know `logits_to_keep`
-            logits = logits[inputs.last_tokens]
+        if len(logits) != len(inputs.wanted):  # the model does not know `logits_to_keep`
+            logits = logits[inputs.wanted]
         if inputs.paged.num_layers_seen != len(self._layers):
             raise InternalError(
                 f"{inputs.paged.num_layers_seen} of {len(self._layers)} layers called Baton's attention"
             )
+        if inputs.scored:
+            score(logits[len(inputs.sampled) :], inputs.scored)
+            logits = logits[: len(inputs.sampled)]
         rows = [batch.rows[i] for i in inputs.sampled]
         positions = [row.start + len(row.token_ids) for row in rows]
         states = [row.state for row in rows]
@@ -132,8 +137,23 @@ class TorchModelRunner:
         chunks = [Chunk(row.start, len(row.token_ids), row.block_table) for row in rows]
         paged = self._planner.plan(chunks, on_device[1], on_device[2])
         last = [(i, end - 1) for i, row, end in zip(order, rows, ends, strict=True) if row.sample]
-        last_tokens = torch.tensor([index for _, index in last], dtype=torch.int64, device=device)
-        return _Inputs(on_device[:1], on_device[1:2], paged, [i for i, _ in last], last_tokens)
+        scored, positions_scored = _scored(rows, ends)
+        wanted = torch.tensor(
+            [index for _, index in last] + positions_scored, dtype=torch.int64, device=device
+        )
+        return _Inputs(on_device[:1], on_device[1:2], paged, [i for i, _ in last], scored, wanted)
+
+
+def _scored(rows: list[BatchRow], ends: list[int]) -> tuple[list[Scored], list[int]]:
+    """What is asked of the prompts themselves, and where in the step's tokens the answers are."""
+    scored: list[Scored] = []
+    indices: list[int] = []
+    for row, end in zip(rows, ends, strict=True):
+        num_tokens = len(row.token_ids)
+        if row.scores is not None and (targets := row.scores.targets(row.start, num_tokens)):
+            scored.append(Scored(row.scores, row.start, len(targets)))
+            indices.extend(range(end - num_tokens, end - num_tokens + len(targets)))
+    return scored, indices
 
 
 def _in_order(listener: LayerListener, loop: asyncio.AbstractEventLoop) -> Callable[[int], None]:

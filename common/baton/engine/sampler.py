@@ -33,7 +33,7 @@ NO_NUMBER = -1  # in place of a token: the model's logits are not finite
 NOTHING_ALLOWED = -2  # the request's masks leave no token
 
 # Of a token whose probability is 0, as at OpenAI.
-_LEAST_LOGPROB = -9999.0
+LEAST_LOGPROB = -9999.0
 
 
 def sample(
@@ -84,7 +84,7 @@ def _note_logprobs(logits: Tensor, rows: Sequence[tuple[int, SamplingState]]) ->
     for row, (token, state) in zip(logits, rows, strict=True):
         state.logprobs = None
         if token >= 0:
-            log_probs = row.log_softmax(-1).clamp_(min=_LEAST_LOGPROB)
+            log_probs = row.log_softmax(-1).clamp_(min=LEAST_LOGPROB)
             top = log_probs.topk(min(state.params.logprobs or 0, len(row)))
             state.logprobs = TokenLogprobs(
                 float(log_probs[token]), tuple(top.indices.tolist()), tuple(top.values.tolist())

@@ -145,6 +145,11 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
         ("frequency_penalty", abs(params.frequency_penalty) <= 100, "-100 to 100"),
         ("repetition_penalty", 0.01 <= params.repetition_penalty <= 100, "0.01 to 100"),
         ("logprobs", params.logprobs is None or 0 <= params.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+        (
+            "prompt_logprobs",
+            params.prompt_logprobs is None or 0 <= params.prompt_logprobs <= MAX_LOGPROBS,
+            f"0 to {MAX_LOGPROBS}",
+        ),
         ("min_tokens", params.min_tokens <= params.max_tokens, "max_tokens at most"),
         ("logit_bias", all(abs(each.bias) <= 100 for each in params.logit_bias), "-100 to 100"),
         ("bad_words", all(word.token_ids for word in params.bad_words), "sequences of at least one token"),

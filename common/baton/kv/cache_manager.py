@@ -47,9 +47,10 @@ class KVCacheManager:
         """The longest run of cached blocks that the sequence begins with; takes nothing.
 
         The last token is never part of a hit: it has to be computed, or to arrive, for its logits; and a hit
-        on its block would make it write to a shared one.
+        on its block would make it write to a shared one. Nor is there one for a sequence that waits for what the
+        model says of its prompt.
         """
-        if not self._enable_prefix_caching:
+        if not self._enable_prefix_caching or sequence.prompt_scores is not None:
             return []
         num_blocks = (len(sequence.token_ids) - 1) // self.block_size
         self._extend_hashes(sequence, num_blocks)
