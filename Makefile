@@ -18,7 +18,7 @@ SOURCES := common/baton services loadtest kernels
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints-cpu.txt
 
-.PHONY: install run test lint proto bench bench-kernels survey demo-model clean
+.PHONY: install run test test-containers lint proto bench bench-kernels survey demo-model clean
 
 install: $(INSTALLED)
 
@@ -49,6 +49,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(SOURCES)
 	$(BIN)/lint-imports
+
+# Builds the images with podman (apt-get install podman runc mmdebstrap ...) and runs compose.yaml; takes minutes.
+test-containers: $(INSTALLED)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check podman-compose
+	tests/deploy/build_images.sh
+	. tests/deploy/podman_env.sh && PATH="$(abspath $(BIN)):$$PATH" BATON_TEST_CONTAINERS=1 \
+		$(BIN)/python -m pytest -v tests/deploy/test_containers.py $(ARGS)
 
 proto: $(INSTALLED)
 	$(BIN)/python scripts/gen_proto.py
