@@ -15,6 +15,7 @@ connections are open and nothing is sent. The last line of stdout is one JSON ob
 import argparse
 import asyncio
 import json
+import mmap
 import os
 import random
 import socket
@@ -39,7 +40,7 @@ from baton.transfer.wire import PieceHeader
 HOST = "127.0.0.1"
 KIB, MIB = 2**10, 2**20
 PIECE_BYTES = 4 * MIB
-SHAPES = {"256 x 64 KiB": (256, 64 * KIB), "64 x 256 KiB": (64, 256 * KIB)}
+SHAPES = {"2048 x 64 KiB": (2048, 64 * KIB), "512 x 256 KiB": (512, 256 * KIB)}
 IDLE_S = 3.0
 
 
@@ -47,7 +48,9 @@ class Pool:
     """Blocks in one allocation, handed out in a shuffled order, as a pool that has been in use for a while."""
 
     def __init__(self, num_blocks: int, block_bytes: int, seed: int) -> None:
-        self._memory = memoryview(bytearray(os.urandom(MIB) * (num_blocks * block_bytes // MIB)))
+        # Aligned, as the pool of an engine is: an odd start costs a copy a third of its speed.
+        self._memory = memoryview(mmap.mmap(-1, num_blocks * block_bytes))
+        self._memory[:] = os.urandom(MIB) * (len(self._memory) // MIB)
         self._order = random.Random(seed).sample(range(num_blocks), num_blocks)
         self._block_bytes = block_bytes
 
@@ -116,8 +119,7 @@ class Result:
 
 
 def cpu_seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+    return time.clock_gettime((~process.pid << 3) | 2)  # the process's CPU clock, exact to the nanosecond
 
 
 class Bench:

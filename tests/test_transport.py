@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 import importlib.util
+import os
 import random
+import secrets
 import signal
+import socket
 import struct
 import sys
 import time
@@ -26,6 +29,7 @@ from baton.transfer.base import MAX_IN_FLIGHT, Connection, Transport
 from baton.transfer.choose import available, make_transport
 from baton.transfer.digest import piece_digest
 from baton.transfer.inproc import Faults, InprocNetwork, InprocTransport
+from baton.transfer.shm import ShmTransport, boot_id, make_ring
 from baton.transfer.tcp import TcpTransport
 from baton.transfer.ucx import UcxTransport
 from baton.transfer.vector import Vector
@@ -38,6 +42,8 @@ KINDS = [
     "inproc",
     "tcp",
     "tcp-uvloop",
+    "shm",
+    "shm-uvloop",
     pytest.param("ucx", marks=[pytest.mark.ucx, ucx_only]),
     pytest.param("ucx-uvloop", marks=[pytest.mark.ucx, ucx_only]),
 ]
@@ -124,6 +130,8 @@ class World:
             return InprocTransport(self.network, self.clock, name, piece_timeout_s=PIECE_TIMEOUT_S)
         if self.kind == "tcp":
             return TcpTransport(self.clock, piece_timeout_s=PIECE_TIMEOUT_S)
+        if self.kind == "shm":
+            return ShmTransport(self.clock, piece_timeout_s=PIECE_TIMEOUT_S)
         return UcxTransport(self.clock, piece_timeout_s=PIECE_TIMEOUT_S)
 
     async def connect(self) -> Connection:
@@ -477,14 +485,15 @@ async def peer(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
         await process.wait()
 
 
-@pytest.fixture(params=["tcp", pytest.param("ucx", marks=[pytest.mark.ucx, ucx_only])])
+@pytest.fixture(params=["tcp", "shm", pytest.param("ucx", marks=[pytest.mark.ucx, ucx_only])])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @contextlib.asynccontextmanager
 async def transport_of(name: str, **options: Any) -> AsyncIterator[Transport]:
-    transport = (TcpTransport if name == "tcp" else UcxTransport)(SystemClock(), **options)
+    makers = {"tcp": TcpTransport, "shm": ShmTransport, "ucx": UcxTransport}
+    transport: Transport = makers[name](SystemClock(), **options)
     try:
         async with asyncio.timeout(PATIENCE_S):
             yield transport
@@ -869,6 +878,178 @@ class TestUcxOnly:
             await push(await sender.connect(address, timeout_s=PUSH_S), b"x", 99)
             for each in (transport, sender):
                 assert len(each._worker._operations) < 20  # type: ignore[attr-defined]
+
+
+class TestShmOnly:
+    """No name, no leftover, no way in for others, no way to the other's memory."""
+
+    @staticmethod
+    def rings() -> list[str]:
+        """This process's mappings of rings: who may do what with each."""
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return sorted(line.split()[1] for line in lines if "memfd:baton-kv" in line)
+
+    @staticmethod
+    def names() -> set[str]:
+        sockets = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()[1:]}
+        files = {str(path) for path in Path("/dev/shm").iterdir()}
+        return {name for name in sockets | files if "baton" in name}
+
+    async def test_a_sender_can_write_to_the_ring_only_and_the_receiver_only_reads_it(self) -> None:
+        async with transport_of("shm") as transport, transport_of("shm") as sender:
+            connection = await sender.connect(await transport.listen(Sink()), timeout_s=PUSH_S)
+            assert self.rings() == ["r--s", "rw-s"]
+            await connection.aclose()
+
+    async def test_memory_of_a_closed_connection_comes_back(self) -> None:
+        async with transport_of("shm") as transport, transport_of("shm") as sender:
+            num_open, sink = psutil.Process().num_fds(), Sink()
+            sink.has_many_senders = True
+            address = await transport.listen(sink)
+            kept = [await sender.connect(address, timeout_s=PUSH_S) for _ in range(20)]
+            await asyncio.gather(*(push(each, noise(3000), n) for n, each in enumerate(kept)))
+            for connection in kept:
+                await connection.aclose()
+            while transport._receiving:  # type: ignore[attr-defined]
+                await asyncio.sleep(0.01)
+            assert self.rings() == []
+            assert psutil.Process().num_fds() == num_open + 1  # the listener
+
+    @pytest.mark.parametrize("role", ["send", "receive"])
+    async def test_nothing_is_left_of_a_killed_peer(self, role: str) -> None:
+        before = self.names()
+        sink = Sink()
+        async with transport_of("shm") as transport:
+            if role == "send":
+                address = await transport.listen(sink)
+                async with peer("send", "shm", address, str(2**26)) as process:
+                    await sink.until_open()
+                    process.kill()
+                    await sink.until_closed()
+            else:
+                async with peer("receive", "shm") as process:
+                    connection = await transport.connect(await address_of(process), timeout_s=PUSH_S)
+                    task = asyncio.create_task(push(connection, bytes(2**26)))
+                    await asyncio.sleep(0)
+                    process.kill()
+                    with pytest.raises(TransferError):
+                        await task
+        assert self.rings() == []
+        assert self.names() == before
+        sink.check()
+
+    async def test_another_host_is_told_apart_before_anything_is_tried(self) -> None:
+        async with transport_of("shm") as transport, transport_of("shm") as sender:
+            address = await transport.listen(Sink())
+            elsewhere = address.replace(boot_id(), "11111111-2222-3333-4444-555555555555")
+            with pytest.raises(TransferError, match="on another host"):
+                await sender.connect(elsewhere, timeout_s=PUSH_S)
+
+    async def test_another_user_is_refused_by_either_side(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        async with transport_of("shm") as transport, transport_of("shm") as sender:
+            address = await transport.listen(Sink())
+            monkeypatch.setattr(os, "geteuid", lambda: 12345)
+            with pytest.raises(TransferError, match=f"runs as user {os.getuid()}, this worker as 12345"):
+                await sender.connect(address, timeout_s=PUSH_S)
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.setblocking(False)
+                loop = asyncio.get_running_loop()
+                await loop.sock_connect(sock, "\0baton-kv-" + address.rpartition("/")[2])
+                assert await loop.sock_recv(sock, 100) == b"", "said hello to another user"
+
+    @pytest.mark.skipif(os.getuid() != 0, reason="only root can start a process of another user")
+    async def test_a_process_of_another_user_is_refused(self) -> None:
+        async with transport_of("shm") as transport:
+            name = "\\0baton-kv-" + (await transport.listen(Sink())).rpartition("/")[2]
+            code = (
+                "import os, socket; os.setuid(65534); peer = socket.socket(socket.AF_UNIX); "
+                f"peer.connect('{name}'); print(peer.recv(100))"
+            )
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-Ic", code, stdout=asyncio.subprocess.PIPE
+            )
+            output, _ = await process.communicate()
+            assert output == b"b''\n"
+
+    @pytest.mark.parametrize(
+        ("attack", "then"),
+        [
+            pytest.param(b"", "closes", id="nothing"),
+            pytest.param(b"GET / HTTP/1.1\r\n", "closes", id="another protocol"),
+            pytest.param(TestTcpOnTheWire.HELLO + struct.pack("<I", 2**31), "closes", id="endless header"),
+            pytest.param(
+                TestTcpOnTheWire.HELLO + TestTcpOnTheWire.FRAME + struct.pack("<I", 101),
+                "piece",
+                id="too long",
+            ),
+            pytest.param(
+                TestTcpOnTheWire.HELLO + TestTcpOnTheWire.FRAME + struct.pack("<I", 0),
+                "piece",
+                id="empty chunk",
+            ),
+        ],
+    )
+    async def test_a_hostile_sender_does_no_harm(self, attack: bytes, then: str) -> None:
+        sink, loop = Sink(), asyncio.get_running_loop()
+        sink.has_many_senders = True
+        async with transport_of("shm", piece_timeout_s=0.5) as transport:
+            address = await transport.listen(sink)
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.setblocking(False)
+                await loop.sock_connect(sock, "\0baton-kv-" + address.rpartition("/")[2])
+                await loop.sock_sendall(sock, attack)
+                sock.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(ConnectionError):
+                    while await loop.sock_recv(sock, 1000):
+                        pass
+            await push(await transport.connect(address, timeout_s=PUSH_S), b"good", 1)
+        assert (sink.errors.get(0) is not None) == (then == "piece")
+        assert sink.content(1) == b"good"
+        sink.check()
+
+    @pytest.mark.parametrize(
+        ("give", "message"),
+        [
+            pytest.param(lambda sock: sock.sendall(bytes(6)), "shared no memory", id="nothing"),
+            pytest.param(lambda sock: give(sock, os.memfd_create("x"), 4), "not sealed", id="can-shrink"),
+            pytest.param(lambda sock: give(sock, make_ring(1, 4096), 4), "smaller", id="too-small"),
+            pytest.param(lambda sock: give(sock, make_ring(), 2**15), "sensible size", id="huge"),
+            pytest.param(
+                lambda sock: give(sock, os.open("/dev/zero", os.O_RDWR), 4), "not sealed", id="device"
+            ),
+        ],
+    )
+    async def test_memory_that_could_vanish_is_not_taken(
+        self, give: Callable[[socket.socket], None], message: str
+    ) -> None:
+        token = secrets.token_hex(8)
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"\0baton-kv-{token}")
+            listener.listen()
+            listener.setblocking(False)
+            async with transport_of("shm") as sender:
+                connecting = asyncio.create_task(
+                    sender.connect(f"shm://{boot_id()}/{token}", timeout_s=PUSH_S)
+                )
+                sock, _ = await loop.sock_accept(listener)
+                with sock:
+                    sock.sendall(framing.hello())
+                    give(sock)
+                    with pytest.raises(TransferError, match=message):
+                        await connecting
+        assert self.rings() == []
+
+    async def test_a_receiver_that_frees_what_is_free(self) -> None:
+        async with transport_of("shm") as transport, transport_of("shm") as sender:
+            connection = await sender.connect(await transport.listen(Sink()), timeout_s=PUSH_S)
+            with pytest.raises(TransferError, match="freed a slot that was not in use"):
+                connection._line.slot_free()  # type: ignore[attr-defined]
+
+
+def give(sock: socket.socket, fd: int, num_slots: int) -> None:
+    socket.send_fds(sock, [struct.pack("<HI", num_slots, 2**20)], [fd])
+    os.close(fd)
 
 
 class TestChoice:

@@ -4,7 +4,6 @@ import socket
 import struct
 
 from baton.clock import Clock
-from baton.transfer.stream import Stream
 from baton.transfer.tcp import TcpTransport
 
 _SO_MAX_PACING_RATE = 47  # <asm-generic/socket.h>; not in Python's socket module
@@ -17,8 +16,7 @@ class PacedTcpTransport(TcpTransport):
         super().__init__(clock)
         self._bytes_per_s = bytes_per_s
 
-    async def _dial(self, address: str) -> Stream:
-        stream = await super()._dial(address)
-        rate = struct.pack("Q", int(self._bytes_per_s))
-        stream._sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, rate)
-        return stream
+    def _socket(self, family: int) -> socket.socket:
+        sock = super()._socket(family)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("Q", int(self._bytes_per_s)))
+        return sock

@@ -5,6 +5,7 @@ import importlib.util
 from baton.clock import Clock
 from baton.errors import ConfigError
 from baton.transfer.base import Transport
+from baton.transfer.shm import ShmTransport
 from baton.transfer.tcp import TcpTransport
 from baton.transfer.ucx import UcxTransport
 
@@ -20,6 +21,8 @@ def make_transport(
 ) -> Transport:
     """`auto` is UCX where it is installed and starts, else TCP. `port` and `advertise_host` are TCP's; UCX has neither.
     Raises ConfigError."""
+    if name == "shm":
+        return ShmTransport(clock)
     if name not in ("auto", "ucx", "tcp"):
         raise ConfigError(f"transfer.transport {name!r} is not known: choose auto, ucx or tcp")
     if name != "tcp":

@@ -1,9 +1,11 @@
 """What goes around pieces on a byte stream: the greeting, and the receiver's answer to each piece.
 
 hello    magic, wire version: both sides send one, before anything else
-answer   status, length of the reason, reason (UTF-8): one per piece, in the order of the pieces
+answer   status, length of the reason, reason (UTF-8): one per piece, in the order of the pieces; over shared memory
+         also one, without a reason, for each slot of the ring that is free again
 """
 
+import enum
 import struct
 
 from baton.errors import TransferError, TransferRefused
@@ -16,7 +18,15 @@ MAX_SKIPPED_BYTES = 2**30  # of a refused piece; more than that is no piece of o
 HELLO = struct.Struct("<4sH")
 ANSWER = struct.Struct("<BH")
 _MAGIC = b"BATN"
-_ACCEPTED, _REFUSED = 0, 1
+
+
+class Status(enum.IntEnum):
+    ACCEPTED = 0
+    REFUSED = 1
+    SLOT_FREE = 2
+
+
+SLOT_FREE = ANSWER.pack(Status.SLOT_FREE, 0)
 
 
 def hello() -> bytes:
@@ -39,17 +49,17 @@ def check_header_bytes(num_bytes: int) -> None:
 
 def encode_answer(refusal: str | None) -> bytes:
     if refusal is None:
-        return ANSWER.pack(_ACCEPTED, 0)
+        return ANSWER.pack(Status.ACCEPTED, 0)
     reason = refusal.encode()[:MAX_REASON_BYTES]
-    return ANSWER.pack(_REFUSED, len(reason)) + reason
+    return ANSWER.pack(Status.REFUSED, len(reason)) + reason
 
 
-def decode_answer(fixed: bytes | bytearray | memoryview) -> tuple[bool, int]:
-    """(accepted, length of the reason that follows). Raises TransferError."""
+def decode_answer(fixed: bytes | bytearray | memoryview) -> tuple[Status, int]:
+    """(status, length of the reason that follows). Raises TransferError."""
     status, reason_bytes = ANSWER.unpack_from(fixed)
-    if status not in (_ACCEPTED, _REFUSED) or reason_bytes > MAX_REASON_BYTES:
+    if status not in list(Status) or reason_bytes > MAX_REASON_BYTES:
         raise TransferError("an answer that makes no sense")
-    return status == _ACCEPTED, reason_bytes
+    return Status(status), reason_bytes
 
 
 def refusal(reason: bytes | bytearray | memoryview) -> TransferRefused:

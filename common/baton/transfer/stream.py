@@ -1,7 +1,7 @@
 """A connected socket that writes from, and reads into, lists of buffers, without a copy in between.
 
 Non-blocking and driven by the running loop, at most MAX_BYTES_PER_CALL each time, so that whatever else runs on the
-loop stays responsive.
+loop stays responsive. A few bytes are tried at once, without waiting for the loop to say that the socket is ready.
 """
 
 import asyncio
@@ -14,19 +14,8 @@ from baton.transfer.vector import Vector
 
 MAX_BYTES_PER_CALL = 2**20
 MAX_BUFFERS_PER_CALL = min(1024, os.sysconf("SC_IOV_MAX"))
+MAX_TRIED_BYTES = 2**12
 SCRATCH_BYTES = 2**18  # what nobody wants is read into this
-# Buffer sizes are left alone: Linux tunes them itself, up to tcp_rmem and tcp_wmem, until somebody sets them.
-_OPTIONS = (
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-    (
-        socket.SOL_SOCKET,
-        socket.SO_KEEPALIVE,
-        1,
-    ),  # an idle peer whose machine vanished is noticed after a minute
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-)
 
 
 class Stream:
@@ -34,8 +23,6 @@ class Stream:
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
-        for level, option, value in _OPTIONS:
-            sock.setsockopt(level, option, value)
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[asyncio.Future[TransferError | None], Callable[[int], object]] = {}
@@ -92,6 +79,8 @@ class Stream:
             return
         if self.closed:
             raise TransferError("connection closed")
+        if (vector.left <= MAX_TRIED_BYTES or self._has_read_ahead()) and _try(step, vector):
+            return
         done: asyncio.Future[TransferError | None] = self._loop.create_future()
         self._waiting[done] = stop_watching
         watch(self._sock.fileno(), self._on_ready, step, vector, done)
@@ -104,19 +93,28 @@ class Stream:
         if error is not None:
             raise error
 
+    def _has_read_ahead(self) -> bool:
+        """True when there are bytes to read that the loop does not know of."""
+        return False
+
     def _on_ready(
         self, step: Callable[[Vector], None], vector: Vector, done: asyncio.Future[TransferError | None]
     ) -> None:
         if done.done():
             return
         try:
-            step(vector)
-        except (BlockingIOError, InterruptedError):
-            return
+            if _try(step, vector):
+                done.set_result(None)
         except TransferError as error:
             done.set_result(error)
-        except OSError as error:
-            done.set_result(TransferError(f"connection lost: {error.strerror}"))
-        else:
-            if vector.left == 0:
-                done.set_result(None)
+
+
+def _try(step: Callable[[Vector], None], vector: Vector) -> bool:
+    """True when nothing of the vector is left. Raises TransferError."""
+    try:
+        step(vector)
+    except (BlockingIOError, InterruptedError):
+        return False
+    except OSError as error:
+        raise TransferError(f"connection lost: {error.strerror}") from None
+    return vector.left == 0
