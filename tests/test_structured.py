@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from baton.engine.structured import MAX_COMPILED, MAX_SOURCE_CHARS, Grammars
 from baton.errors import InternalError, InvalidRequest
 from baton.llm import LLM, RequestOutput
-from baton.request import FinishReason, Grammar, GrammarKind, SamplingParams
+from baton.request import FinishReason, Grammar, GrammarKind, Request, RequestId, SamplingParams
 
 BYTE_VOCAB_SIZE = 260
 EOS = 256
@@ -138,7 +138,7 @@ def test_the_answer_ends_with_the_grammar(llm: LLM) -> None:
 )
 def test_a_bad_grammar_is_refused_and_nothing_is_left(llm: LLM, grammar: Grammar, why: str) -> None:
     with pytest.raises(InvalidRequest, match=re.escape(why)) as caught:
-        llm.generate([[1]], SamplingParams(grammar=grammar))
+        llm.engine.add(Request(RequestId("bad"), (1,), SamplingParams(grammar=grammar)))
     assert caught.value.param == "grammar"
     assert llm.engine.num_sequences == 0
     llm.engine.check_integrity()
@@ -148,7 +148,8 @@ def test_a_bad_grammar_is_refused_and_nothing_is_left(llm: LLM, grammar: Grammar
 def test_what_cannot_be_combined_is_refused(llm: LLM, name: str) -> None:
     params = {"min_tokens": 2} if name == "min_tokens" else {"allowed_token_ids": (5,)}
     with pytest.raises(InvalidRequest, match="structured") as caught:
-        llm.generate([[1]], SamplingParams(grammar=Grammar(GrammarKind.REGEX, "a+"), **params))  # type: ignore[arg-type]
+        sampling = SamplingParams(grammar=Grammar(GrammarKind.REGEX, "a+"), **params)  # type: ignore[arg-type]
+        llm.engine.add(Request(RequestId("bad"), (1,), sampling))
     assert caught.value.param == name
 
 

@@ -1,38 +1,48 @@
 """The engine in this process, without servers: batch jobs, tests, and the control in which no KV is
 transferred.
 
-from baton.llm import LLM
-from baton.request import SamplingParams
+from baton import LLM, SamplingParams
 
 with LLM("demo") as llm:
-    [answer] = llm.generate(["ada oslo, bob lima. bob?"], SamplingParams(max_tokens=8, temperature=0))
+    [answer] = llm.chat([{"role": "user", "content": "ada oslo, bob lima. bob?"}])
+    answers = llm.generate(["ada oslo. ada?", "bob lima. bob?"], SamplingParams(max_tokens=8, temperature=0))
 """
 
 import asyncio
+import logging
+import random
 from collections import deque
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias, cast
 
+from baton.chat_template import Message
 from baton.clock import SystemClock
 from baton.config import EngineConfig, ModelConfig
-from baton.engine.batch import Sequence
+from baton.engine.batch import Sequence as EngineSequence
+from baton.engine.batch import SequenceOutput
+from baton.engine.detokenizer import TextStream, TokenText
 from baton.engine.engine import Engine
 from baton.engine.model_runner import load_runner
-from baton.errors import ConfigError, InvalidRequest
+from baton.errors import ConfigError, InvalidRequest, RequestError
 from baton.model_files import TOKENIZER_FILES, WEIGHT_FILES, eos_token_ids, resolve_model
+from baton.progress import Progress
 from baton.request import FinishReason, PromptLogprobs, Request, RequestId, SamplingParams, TokenLogprobs
 from baton.tokenizer import Tokenizer, load_tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Prompt: TypeAlias = str | Sequence[int]  # text, or token ids
+Conversation: TypeAlias = Sequence[Message]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     token_ids: list[int] = field(default_factory=list)  # the stop token included
-    text: str = ""  # empty where the model has no tokenizer
+    text: str = ""  # before a stop string; empty where the model has no tokenizer
     finish_reason: FinishReason | None = None
     error: str = ""  # why, where finish_reason is ERROR
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
@@ -50,9 +60,11 @@ class LLM:
         revision: str | None = None,
         dtype: Dtype = "auto",
         max_model_len: int | None = None,
+        seed: int = 0,
         **engine: Any,
     ) -> None:
-        """`engine`: the fields of EngineConfig. Raises ConfigError."""
+        """`engine`: the fields of EngineConfig. `seed` draws the seeds of requests that bring none. Raises
+        ConfigError."""
         unknown = engine.keys() - EngineConfig.__dataclass_fields__.keys()
         if unknown:
             raise ConfigError(f"unknown engine setting {', '.join(sorted(unknown))}")
@@ -61,9 +73,12 @@ class LLM:
         self.runner, fingerprint = load_runner(
             ModelConfig(str(self._directory), dtype=dtype, max_model_len=max_model_len), config
         )
-        self.engine = Engine(config, self.runner, SystemClock(), fingerprint)
+        self._clock = SystemClock()
+        self.engine = Engine(config, self.runner, self._clock, fingerprint)
         self._max_num_waiting = config.max_num_waiting
+        self._rng = random.Random(seed)
         self._tokenizer = _tokenizer_of(self._directory)
+        self._token_text = TokenText(self._tokenizer.backend) if self._tokenizer is not None else None
         self._eos_token_ids = (
             self._tokenizer.eos_token_ids if self._tokenizer is not None else eos_token_ids(self._directory)
         )
@@ -81,59 +96,175 @@ class LLM:
 
     def generate(
         self,
-        prompts: Collection[str | Collection[int]],
-        sampling: SamplingParams | Collection[SamplingParams],
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """One output per prompt, text or token ids, in their order; all prompts run together. Raises
-        RequestError for a prompt that cannot be served; no prompt has an output then."""
-        params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
-        if len(params) != len(prompts):
-            raise InvalidRequest(
-                f"{len(prompts)} prompts, {len(params)} sampling parameters", param="sampling"
-            )
-        requests = [self._request(i, *work) for i, work in enumerate(zip(prompts, params, strict=True))]
-        outputs = {request.request_id: RequestOutput(request.prompt_token_ids) for request in requests}
-        self._loop.run(self._run(deque(requests), outputs))
-        for output in outputs.values():
-            output.text = self._decode(output.token_ids)
-        return list(outputs.values())
+        """One output per prompt, in their order; all prompts run together. A prompt that cannot be served (too long,
+        empty, a token or a sampling parameter that the model cannot take) has finish reason ERROR and says why in
+        `error`; the others are answered. Raises InvalidRequest when the arguments do not fit each other."""
+        works = _paired(_as_list(prompts), sampling_params)
+        return self._answer([(self._token_ids_of(prompt), params) for prompt, params in works], use_tqdm)
 
-    async def _run(self, waiting: deque[Request], outputs: dict[RequestId, RequestOutput]) -> None:
-        running: dict[RequestId, Sequence | None] = {}
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """The same for one conversation or several, through the model's chat template."""
+        conversations = _as_conversations(messages)
+        works = _paired(conversations, sampling_params)
+        return self._answer([(self._chat_token_ids(chat), params) for chat, params in works], use_tqdm)
+
+    # --- one call ---
+
+    def _answer(
+        self, works: list[tuple[Sequence[int] | RequestError, SamplingParams]], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        answers = [self._new_answer(index, *work) for index, work in enumerate(works)]
+        with Progress("prompts", len(answers), self._clock, shown=use_tqdm) as progress:
+            self._loop.run(self._run(deque(answers), progress))
+        _warn_of_errors([answer.output for answer in answers])
+        return [answer.output for answer in answers]
+
+    async def _run(self, waiting: "deque[_Answer]", progress: Progress) -> None:
+        running: dict[RequestId, _Answer] = {}
         try:
             while waiting or running:
                 while waiting and self.engine.load().num_waiting < self._max_num_waiting:
-                    request = waiting.popleft()
-                    self.engine.add(request)
-                    running[request.request_id] = self.engine.sequence(request.request_id)
+                    answer = waiting.popleft()
+                    if self._start(answer):
+                        running[answer.request.request_id] = answer
+                    else:
+                        progress.done()
                 for row in (await self.engine.step()).outputs:
-                    output = outputs[row.request_id]
-                    output.token_ids.extend(row.token_ids)
-                    output.logprobs.extend(row.logprobs)
-                    output.prompt_logprobs = row.prompt_logprobs or output.prompt_logprobs
-                    if row.finish_reason is not None:
-                        sequence = running.pop(row.request_id)
-                        output.finish_reason, output.error = row.finish_reason, row.error
-                        output.num_cached_tokens = sequence.num_cached_tokens if sequence else 0
+                    if row.request_id not in running:
+                        continue
+                    answer = running[row.request_id]
+                    progress.tokens(answer.take(row))
+                    if answer.output.finish_reason is not None:
+                        self.engine.abort(row.request_id)  # where a stop string ended it
+                        del running[row.request_id]
+                        progress.done()
         finally:
             for request_id in running:
                 self.engine.abort(request_id)
 
-    def _request(self, index: int, prompt: str | Collection[int], sampling: SamplingParams) -> Request:
-        if sampling.stop:
-            raise InvalidRequest(
-                "stop strings are matched by the router: use stop_token_ids here", param="stop"
-            )
-        token_ids = self._encode(prompt) if isinstance(prompt, str) else prompt
-        return Request(RequestId(str(index)), tuple(token_ids), sampling, self._eos_token_ids)
+    def _start(self, answer: "_Answer") -> bool:
+        if answer.output.finish_reason is not None:
+            return False
+        try:
+            self.engine.add(answer.request)
+        except RequestError as error:
+            answer.fail(error)
+            return False
+        answer.sequence = self.engine.sequence(answer.request.request_id)
+        return True
 
-    def _encode(self, prompt: str) -> list[int]:
+    def _new_answer(
+        self, index: int, token_ids: Sequence[int] | RequestError, params: SamplingParams
+    ) -> "_Answer":
+        prompt = () if isinstance(token_ids, RequestError) else tuple(token_ids)
+        if params.seed is None:
+            params = replace(params, seed=self._rng.getrandbits(63))
+        request = Request(RequestId(str(index)), prompt, params, self._eos_token_ids)
+        answer = _Answer(request, self._text_of(request), RequestOutput(prompt))
+        if isinstance(token_ids, RequestError):
+            answer.fail(token_ids)
+        elif params.stop and self._token_text is None:
+            answer.fail(self._no_tokenizer("use stop_token_ids", param="stop"))
+        return answer
+
+    def _text_of(self, request: Request) -> TextStream | None:
+        if self._token_text is None:
+            return None
+        sampling = request.sampling
+        return self._token_text.stream(sampling.stop, request.stop_ids, sampling.min_tokens)
+
+    # --- prompts ---
+
+    def _token_ids_of(self, prompt: Prompt) -> Sequence[int] | RequestError:
+        if not isinstance(prompt, str):
+            return prompt
         if self._tokenizer is None:
-            raise InvalidRequest(f"{self._directory} has no tokenizer.json: give token ids", param="prompt")
+            return self._no_tokenizer("give token ids", param="prompt")
         return self._tokenizer.encode(prompt)
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids) if self._tokenizer is not None else ""
+    def _chat_token_ids(self, messages: Conversation) -> Sequence[int] | RequestError:
+        if self._tokenizer is None:
+            return self._no_tokenizer("use generate with token ids", param="messages")
+        try:
+            return self._tokenizer.encode_chat(messages)
+        except RequestError as error:
+            return error
+
+    def _no_tokenizer(self, instead: str, param: str) -> InvalidRequest:
+        return InvalidRequest(f"{self._directory} has no tokenizer.json: {instead}", param=param)
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One prompt on its way through the engine."""
+
+    request: Request
+    text: TextStream | None
+    output: RequestOutput
+    sequence: EngineSequence | None = None  # once it was added
+
+    def take(self, row: SequenceOutput) -> int:
+        """What a step did for it; how many tokens of that count."""
+        token_ids, finish_reason = row.token_ids, row.finish_reason
+        if self.text is not None:
+            text, token_ids, finish_reason = self.text.push(token_ids, finish_reason)
+            self.output.text += text
+        self.output.token_ids += token_ids
+        self.output.logprobs += row.logprobs[: len(token_ids)]
+        self.output.prompt_logprobs = row.prompt_logprobs or self.output.prompt_logprobs
+        self.output.finish_reason, self.output.error = finish_reason, row.error
+        if finish_reason is not None and self.sequence is not None:
+            self.output.num_cached_tokens = self.sequence.num_cached_tokens
+        return len(token_ids)
+
+    def fail(self, error: RequestError) -> None:
+        self.output.finish_reason, self.output.error = FinishReason.ERROR, error.message
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [cast(Prompt, prompts)] if is_one else list(cast(Sequence[Prompt], prompts))
+
+
+def _as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
+    is_one = len(messages) > 0 and isinstance(messages[0], dict)
+    return [cast(Conversation, messages)] if is_one else list(cast(Sequence[Conversation], messages))
+
+
+def _paired(
+    prompts: list[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Any, SamplingParams]]:
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        return [(prompt, sampling_params or SamplingParams()) for prompt in prompts]
+    if len(sampling_params) != len(prompts):
+        raise InvalidRequest(
+            f"{len(prompts)} prompts, {len(sampling_params)} sampling parameters", param="sampling_params"
+        )
+    return list(zip(prompts, sampling_params, strict=True))
+
+
+def _warn_of_errors(outputs: list[RequestOutput]) -> None:
+    failed = [i for i, output in enumerate(outputs) if output.finish_reason is FinishReason.ERROR]
+    if failed:
+        first = failed[0]
+        _log.warning(
+            "%d of %d prompts failed; the first is prompt %d: %s",
+            len(failed),
+            len(outputs),
+            first,
+            outputs[first].error,
+        )
 
 
 def _tokenizer_of(directory: Path) -> Tokenizer | None:
