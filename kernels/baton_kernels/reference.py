@@ -127,12 +127,67 @@ def block_digests(wire: Tensor) -> Tensor:
     low = 0xFFFF_FFFF
     words = wire.contiguous().view(torch.int32).long() & low
     i = torch.arange(words.shape[1], device=wire.device)
-    h = words ^ (i * 0x9E3779B1 + 0x7F4A7C15 & low)
-    h = (h ^ (h >> 16)) * 0x85EBCA6B & low
-    h = (h ^ (h >> 13)) * 0xC2B2AE35 & low
-    h = h ^ (h >> 16)
+    h = _mix32(words ^ (i * 0x9E3779B1 + 0x7F4A7C15 & low))
     sums = torch.stack((h.sum(1), ((h ^ (h >> 15)) * 0x846CA68B & low).sum(1)), 1) & low
     return torch.where(sums > 0x7FFF_FFFF, sums - (1 << 32), sums).int()
+
+
+def sample_tokens(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    log_min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """logits [R, V]; the parameters [R], temperature 0: greedy. Tokens [R], -1 where the largest logit is not finite,
+    and thresholds [R]: of logits / temperature the tokens at or above are kept. The formula is in `sample_tokens`."""
+    greedy = temperature == 0
+    scaled = _widen(logits) / torch.where(greedy, 1, temperature)[:, None]
+    ordered = scaled.sort(-1, descending=True).values
+    best, rank = ordered[:, :1], torch.arange(scaled.shape[1], device=scaled.device)
+    weight = (ordered - best).exp().masked_fill(rank >= top_k[:, None], 0)
+    before = weight.cumsum(-1) - weight
+    enough = (before >= top_p[:, None] * weight.sum(-1, keepdim=True)) & (top_p < 1)[:, None]
+    kept = (rank < top_k[:, None]) & ~enough
+    limited = (top_k < scaled.shape[1]) | (top_p < 1)
+    last = ordered.gather(1, kept.sum(-1, keepdim=True).clamp(min=1) - 1)[:, 0]
+    threshold = torch.maximum(best[:, 0] + log_min_p, last.masked_fill(~limited, -torch.inf))
+    threshold = torch.where(greedy, best[:, 0], threshold)
+    noise = gumbel(seeds, positions, torch.arange(scaled.shape[1], device=scaled.device))
+    noise = noise.masked_fill(greedy[:, None], 0)
+    tokens = (scaled + noise).masked_fill(scaled < threshold[:, None], -torch.inf).argmax(-1)
+    return tokens.masked_fill(~best[:, 0].isfinite() | scaled.isnan().any(-1), -1), threshold
+
+
+def gumbel(seeds: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
+    """Noise of the tokens `ids` [V] for seeds, positions [R] int64: [R, V] fp32, a pure function of the three."""
+    key = _splitmix64(_splitmix64(seeds) ^ positions)[:, None]
+    low = 0xFFFF_FFFF
+    h = _mix32(ids * 0x9E3779B1 & low ^ key & low)
+    h = _mix32(h ^ _shift(key, 32))
+    uniform = ((h & 0x7FFF_FFFF).float() + 0.5) * 2.0**-31
+    return -(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24).double())).log().float()
+
+
+def _mix32(h: Tensor) -> Tensor:
+    """MurmurHash3's finaliser, of 32 bits in int64."""
+    h = (h ^ (h >> 16)) * 0x85EBCA6B & 0xFFFF_FFFF
+    h = (h ^ (h >> 13)) * 0xC2B2AE35 & 0xFFFF_FFFF
+    return h ^ (h >> 16)
+
+
+def _splitmix64(word: Tensor) -> Tensor:
+    word = word + (0x9E3779B97F4A7C15 - 2**64)
+    word = (word ^ _shift(word, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    word = (word ^ _shift(word, 27)) * (0x94D049BB133111EB - 2**64)
+    return word ^ _shift(word, 31)
+
+
+def _shift(word: Tensor, bits: int) -> Tensor:
+    """A logical shift to the right: torch's is arithmetic."""
+    return (word >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from baton_kernels.copy_blocks import copy_blocks
 from baton_kernels.decode_attention import paged_decode_attention
 from baton_kernels.prefill_attention import paged_prefill_attention
 from baton_kernels.rms_norm import add_rms_norm
+from baton_kernels.sample_tokens import sample_tokens
 from baton_kernels.silu_mul import silu_mul
 from baton_kernels.wire_blocks import pack_blocks, unpack_blocks
 
@@ -91,6 +92,9 @@ ATTENTION = (  # block_size, heads, kv_heads, dk, dv, dtype, options
 )
 
 
+SAMPLING = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int64)
+
+
 def attention_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     tables, lens, starts = (empty(*shape, dtype=torch.int32) for shape in ((64, 128), (64,), (65,)))
     for block_size, heads, kv_heads, dk, dv, dtype, options in ATTENTION:
@@ -119,6 +123,12 @@ def other_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "copy-blocks", partial(copy_blocks, pool, ids, ids)
     yield "pack-blocks", partial(pack_blocks, pool, ids, 1 << 18, 1 << 20)
     yield "unpack-blocks", partial(unpack_blocks, pool, ids, 1 << 18, wire)
+    for dtype in (torch.bfloat16, torch.float32):
+        columns = [empty(64, dtype=kind) for kind in SAMPLING]
+        yield (
+            f"sample-V128256-{TYPES[dtype]}",
+            partial(sample_tokens, empty(64, 128256, dtype=dtype), *columns),
+        )
 
 
 def record_launches(call: Callable[[], Any]) -> list[Launch]:

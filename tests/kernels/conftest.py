@@ -34,6 +34,7 @@ def _import_interpreted() -> None:
             decode_attention,
             prefill_attention,
             rms_norm,
+            sample_tokens,
             silu_mul,
             wire_blocks,
         )
