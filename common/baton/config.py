@@ -51,6 +51,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True  # keep blocks of finished requests for prompts that begin alike
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the model runs
     num_threads: Count = 1  # OpenMP threads of this worker
+    bit_exact: bool = False  # logits never depend on batch or chunks, bit for bit; float32 on the CPU, slower
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from baton.engine.structured import Grammars
 from baton.errors import ConfigError, InternalError
 from baton.kv.layout import KVLayout
 from baton.kv.storage import KVStorage
-from baton.model import loader
+from baton.model import exact, loader
 from baton.model.attention import Chunk, StepAttention
 from baton.model.layers import LayerSpec, kv_layout, paged_layers, plain_layers
 from baton.model.step import planner_for
@@ -53,15 +53,21 @@ class TorchModelRunner:
         num_threads: int = 1,
         layers: tuple[LayerSpec, ...] | None = None,
         grammars: Grammars | None = None,
+        bit_exact: bool = False,
     ) -> None:
-        """`layers` of the model; None: one for each layer of the storage, and nothing special."""
+        """`layers` of the model; None: one for each layer of the storage, and nothing special. Raises ConfigError
+        for a model that cannot be bit-exact."""
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.grammars = grammars
         self._model = model
         self._storage = storage
         self._layers = paged_layers(layers or plain_layers(storage.layout), storage)
-        self._planner = planner_for(self._layers, storage.layout.block_size)
+        self._planner = planner_for(self._layers, storage.layout.block_size, bit_exact=bit_exact)
+        self._draws_alone = bit_exact
+        if bit_exact:
+            self._model = exact.ExactModel(model)
+            exact.prove(self._model, self._layers, storage.data, storage.layout.block_size)
         # On other devices a layer's KV is written some time after the call that asks for it.
         self._tells_layers = storage.data.device.type == "cpu"
         # The number of OpenMP threads is a property of the thread that starts them.
@@ -95,7 +101,17 @@ class TorchModelRunner:
             self._storage.data[destinations] = self._storage.data[sources]
         inputs = self._prepare(batch)
         inputs.paged.on_written = on_written
-        logits = self._model(
+        logits = self._forward(inputs)
+        if inputs.scored:
+            score(logits[len(inputs.sampled) :], inputs.scored)
+            logits = logits[: len(inputs.sampled)]
+        rows = [batch.rows[i] for i in inputs.sampled]
+        drawn = dict(zip(inputs.sampled, self._draw(logits, rows), strict=True))
+        return tuple(drawn[i] for i, row in enumerate(batch.rows) if row.sample)
+
+    def _forward(self, inputs: _Inputs) -> Tensor:
+        """Logits of `inputs.wanted`, [len(wanted), V]."""
+        logits: Tensor = self._model(
             input_ids=inputs.input_ids,
             position_ids=inputs.position_ids,
             use_cache=False,
@@ -108,15 +124,14 @@ class TorchModelRunner:
             raise InternalError(
                 f"{inputs.paged.num_layers_seen} of {len(self._layers)} layers called Baton's attention"
             )
-        if inputs.scored:
-            score(logits[len(inputs.sampled) :], inputs.scored)
-            logits = logits[: len(inputs.sampled)]
-        rows = [batch.rows[i] for i in inputs.sampled]
+        return logits
+
+    def _draw(self, logits: Tensor, rows: list[BatchRow]) -> list[int]:
+        if self._draws_alone and len(rows) > 1:
+            return [self._draw(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
         positions = [row.start + len(row.token_ids) for row in rows]
         states = [row.state for row in rows]
-        tokens = sample(logits, [row.sampling for row in rows], positions, states) if rows else []
-        drawn = dict(zip(inputs.sampled, tokens, strict=True))
-        return tuple(drawn[i] for i, row in enumerate(batch.rows) if row.sample)
+        return sample(logits, [row.sampling for row in rows], positions, states) if rows else []
 
     def _prepare(self, batch: Batch) -> _Inputs:
         """All tensors of the step, decoding rows first."""
@@ -187,6 +202,8 @@ def load_runner(
     device = loader.resolve_device(engine.device)
     dtype = loader.resolve_dtype(config, model.dtype, device)
     torch.set_num_threads(engine.num_threads)
+    if engine.bit_exact:
+        exact.check(dtype, device)
     module = loader.load_model(directory, config, dtype, device)
     layers = loader.learn_layers(module, config, max_model_len)
     layout = kv_layout(layers, engine.block_size, dtype)
@@ -200,8 +217,10 @@ def load_runner(
         num_threads=engine.num_threads,
         layers=layers,
         grammars=Grammars(lambda: load_tokenizer(directory, num_threads=0), vocab_size),
+        bit_exact=engine.bit_exact,
     )
-    return LoadedModel(runner, loader.fingerprint(directory, layout, WIRE_VERSION))
+    arithmetic = exact.arithmetic() if engine.bit_exact else ""
+    return LoadedModel(runner, loader.fingerprint(directory, layout, WIRE_VERSION, arithmetic))
 
 
 def _num_blocks(engine: EngineConfig, layout: KVLayout) -> int:

@@ -145,15 +145,15 @@ def learn_layers(model: nn.Module, config: Any, max_model_len: int) -> tuple[lay
         raise _refusal(config, error.message) from error
 
 
-def fingerprint(directory: Path, layout: KVLayout, wire_version: int) -> str:
+def fingerprint(directory: Path, layout: KVLayout, wire_version: int, arithmetic: str = "") -> str:
     """Equal on two workers when they compute and store the same KV: 128 bit over config.json, weights, KV
-    layout and wire version.
+    layout, wire version and `arithmetic`, where the last bit counts.
 
     Weight files up to 1 GiB count with all their bytes. Of larger ones the length, the first MiB (names,
     shapes and places of the tensors) and 256 evenly spaced MiB are taken, so that no worker reads a
     checkpoint twice to start.
     """
-    digest = xxhash.xxh3_128(f"{wire_version}\x00{layout.describe()}\x00".encode())
+    digest = xxhash.xxh3_128(f"{wire_version}\x00{layout.describe()}\x00{arithmetic}".encode())
     for path in (directory / "config.json", *_weight_files(directory)):
         digest.update(f"{path.name}\x00{path.stat().st_size}\x00".encode())
         for piece in _pieces(path):

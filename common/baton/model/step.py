@@ -3,14 +3,17 @@
 import torch
 
 from baton.model.attention import PagedLayer, Planner
+from baton.model.exact import ExactPlanner
 from baton.model.naive_step import NaivePlanner
 
 MAX_KERNEL_DIM = 256  # of a head: what the attention kernels are compiled and checked for
 
 
-def planner_for(layers: tuple[PagedLayer, ...], block_size: int) -> Planner:
+def planner_for(layers: tuple[PagedLayer, ...], block_size: int, *, bit_exact: bool = False) -> Planner:
     """The Triton kernels on a GPU; plain torch on the CPU, and for latent attention, whose heads are wider than the
     kernels take."""
+    if bit_exact:
+        return ExactPlanner(layers, block_size)
     k_cache = layers[0].k_cache
     if k_cache.device.type != "cuda" or not all(map(kernels_cover, layers)):
         return NaivePlanner(layers, block_size, k_cache.dtype)
