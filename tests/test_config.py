@@ -47,6 +47,25 @@ def test_an_empty_variable_counts_as_absent(tmp_path: Path) -> None:
     assert read(RouterConfig, tmp=tmp_path, env={"BATON_PORT": ""}).port == RouterConfig.port
 
 
+def test_a_variable_may_name_a_file_that_holds_the_value(tmp_path: Path) -> None:
+    secret = tmp_path / "redis_url"
+    secret.write_text("redis://:secret@redis:6379/0\n")
+    config = load(WorkerConfig, file=None, env={"BATON_INDEX__REDIS_URL_FILE": str(secret)}, overrides={})
+    assert config.index.redis_url == "redis://:secret@redis:6379/0"
+
+
+def test_a_value_and_a_file_for_it_are_one_too_many(tmp_path: Path) -> None:
+    env = {"BATON_INDEX__REDIS_URL": "redis://a", "BATON_INDEX__REDIS_URL_FILE": str(tmp_path / "b")}
+    with pytest.raises(ConfigError, match="both set"):
+        load(WorkerConfig, file=None, env=env, overrides={})
+
+
+def test_a_secret_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    env = {"BATON_INDEX__REDIS_URL_FILE": str(tmp_path / "absent")}
+    with pytest.raises(ConfigError, match="BATON_INDEX__REDIS_URL_FILE: cannot read .*absent: No such file"):
+        load(WorkerConfig, file=None, env=env, overrides={})
+
+
 def test_environment_text_becomes_the_declared_type(tmp_path: Path) -> None:
     env = {
         "BATON_ROLES": "prefill, decode",

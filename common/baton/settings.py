@@ -5,6 +5,9 @@
 One file or environment may serve all components: a setting that only another component knows is passed over.
 A setting that no component knows is refused, and so is a value of the wrong type or out of range: one line
 that names where it was written. An empty variable counts as absent.
+
+What should not be seen in an environment is kept in a file, such as a mounted secret: the variable's name with `_FILE`,
+here BATON_ENGINE__BLOCK_SIZE_FILE=/run/secrets/block_size.
 """
 
 import difflib
@@ -36,6 +39,7 @@ C = TypeVar("C", bound=Hashable)
 
 ENV_PREFIX = "BATON_"
 LOG_PREFIX = "BATON_LOG_"
+FILE_SUFFIX = "_FILE"
 
 
 class Given(NamedTuple):
@@ -112,14 +116,26 @@ def _flatten(node: Any, path: str, file: str) -> Iterator[tuple[str, Given]]:
 
 def _from_env(env: Mapping[str, str]) -> dict[str, Given]:
     names = {env_name(path): path for path in _known_paths()}
-    given = {}
+    given: dict[str, Given] = {}
     for name in sorted(env):
         if not name.startswith(ENV_PREFIX) or name in reserved_env_names() or not env[name]:
             continue
-        if name not in names or _SERVICE_LINK.match(env[name]):
+        setting = name if name in names else name.removesuffix(FILE_SUFFIX)
+        if setting not in names or _SERVICE_LINK.match(env[name]):
             raise ConfigError(_unknown_variable(name, env[name], names.keys() | reserved_env_names()))
-        given[names[name]] = Given(env[name], name, from_text=True)
+        if names[setting] in given:
+            raise ConfigError(f"{setting} and {name} are both set: leave one of them out")
+        text = env[name] if setting == name else _secret(name, Path(env[name]))
+        given[names[setting]] = Given(text, name, from_text=True)
     return given
+
+
+def _secret(name: str, file: Path) -> str:
+    """Its text, without the line end that editors add."""
+    try:
+        return file.read_text().rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name}: cannot read {file}: {_reason(error)}") from error
 
 
 # What Kubernetes puts into every container for a Service that happens to be called baton, e.g. BATON_PORT.
