@@ -62,7 +62,7 @@ def test_a_value_and_a_file_for_it_are_one_too_many(tmp_path: Path) -> None:
 
 def test_a_secret_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     env = {"BATON_INDEX__REDIS_URL_FILE": str(tmp_path / "absent")}
-    with pytest.raises(ConfigError, match="BATON_INDEX__REDIS_URL_FILE: cannot read .*absent: No such file"):
+    with pytest.raises(ConfigError, match=r"BATON_INDEX__REDIS_URL_FILE: cannot read .*absent: No such file"):
         load(WorkerConfig, file=None, env=env, overrides={})
 
 

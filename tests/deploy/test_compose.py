@@ -5,12 +5,16 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
 
+import baton
 from baton.config import RouterConfig, WorkerConfig
 from baton.settings import load
 from baton_cli.main import app
@@ -18,7 +22,15 @@ from baton_cli.main import app
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 DOCKERFILE = (ROOT / "services" / "Dockerfile").read_text().replace("\\\n", " ")
-CONFIGS = {"router": RouterConfig, "prefill": WorkerConfig, "decode": WorkerConfig}
+PINS = (ROOT / "services" / "pins.txt").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONFIGS = {
+    "router": RouterConfig,
+    "prefill": WorkerConfig,
+    "decode": WorkerConfig,
+    "prefill-gpu": WorkerConfig,
+    "decode-gpu": WorkerConfig,
+}
 
 
 def stage(name: str) -> list[tuple[str, str]]:
@@ -51,6 +63,12 @@ def environment(service: str) -> dict[str, str]:
     return image_env(target) | own
 
 
+def secret_file(service: str, mounted: Path) -> Path:
+    """On this side, of a secret that the service finds at `mounted`."""
+    assert mounted.parent == Path("/run/secrets") and mounted.name in COMPOSE["services"][service]["secrets"]
+    return ROOT / resolved(COMPOSE["secrets"][mounted.name]["file"])
+
+
 def test_compose_follows_the_schema() -> None:
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
     done = subprocess.run([*command, ROOT / "compose.yaml"], capture_output=True, text=True, check=False)
@@ -58,12 +76,15 @@ def test_compose_follows_the_schema() -> None:
 
 
 def test_it_runs_the_processes_of_up() -> None:
-    assert set(COMPOSE["services"]) == {"redis", "router", "prefill", "decode"}
+    always = {name for name, settings in COMPOSE["services"].items() if "profiles" not in settings}
+    assert always == {"redis", "router", "prefill", "decode"}
 
 
 @pytest.mark.parametrize("service", CONFIGS)
 def test_every_variable_is_a_setting_with_a_valid_value(service: str) -> None:
     env = {name: value for name, value in environment(service).items() if name.startswith("BATON_")}
+    for name, secret in ((n, v) for n, v in env.items() if n.endswith("_FILE")):
+        env[name] = str(secret_file(service, Path(secret)))
     config = load(CONFIGS[service], file=None, env=env, overrides={})
     assert config.index.redis_url == "redis://redis:6379/0"
     assert config.host == "0.0.0.0"
@@ -115,13 +136,36 @@ def test_containers_are_locked_down(service: str) -> None:
 
 def test_what_the_build_copies_is_there_and_not_ignored() -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    for instruction, arguments in stage("build-router"):
+    for instruction, arguments in stage("build-router") + stage("build-worker"):
         if instruction == "COPY":
             for source in arguments.split()[:-1]:
                 assert (ROOT / source).exists()
-                assert source in allowed
+                assert source.partition("/")[0] in allowed
 
 
-def test_the_router_image_has_no_torch() -> None:
-    installs = [arguments for instruction, arguments in stage("build-router") if "pip install" in arguments]
-    assert installs == ["python -m venv /opt/baton && /opt/baton/bin/pip install ."]
+def test_the_router_image_gets_the_base_requirements_only() -> None:
+    installs = [arguments for instruction, arguments in stage("build-router") if "$PIP install" in arguments]
+    assert installs == ["$PIP install -r base.txt -c pins.txt", "$PIP install --no-deps ."]
+    assert not any(Requirement(line).name == "torch" for line in PROJECT["dependencies"])
+
+
+def test_the_images_hold_nothing_that_installs() -> None:
+    assert any("venv --without-pip /opt/baton" in arguments for _, arguments in stage("builder"))
+    for target in ("router", "worker"):
+        copied = [arguments for instruction, arguments in stage(target) if "--from=" in arguments]
+        assert copied == [f"--from=build-{target} /opt/baton /opt/baton"]
+
+
+def test_every_requirement_of_the_images_is_pinned_within_its_range() -> None:
+    lines = [line for line in PINS.splitlines() if not line.startswith("#")]
+    pinned = {
+        canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in map(Requirement, lines)
+    }
+    for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["worker"]:
+        required = Requirement(line)
+        assert required.specifier.contains(pinned[canonicalize_name(required.name)]), line
+
+
+def test_the_images_say_the_version_of_the_code() -> None:
+    labels = " ".join(arguments for instruction, arguments in stage("runtime") if instruction == "LABEL")
+    assert f'org.opencontainers.image.version="{baton.__version__}"' in labels
