@@ -60,16 +60,19 @@ def ignore(kind: str, /, **fields: object) -> None:
 
 
 async def receive(num_layers: int, num_blocks: int) -> None:
-    """Reads one request id per line; answers "expected" at once and "verified" when everything came and matched."""
+    """Reads one request id and prompt per line, as JSON; answers "expected" at once and "verified" when everything came
+    and matched."""
     layout = KVLayout(BLOCK_SIZE, (LayerLayout(NUM_HEADS, HEAD_DIM, HEAD_DIM),) * num_layers, "float32", 4)
     clock = SystemClock()
-    receiver = Receiver(KVStorage(layout, num_blocks), clock, ignore)
+    receiver = Receiver(KVStorage(layout, num_blocks), "bench", clock, ignore)
     transport = TcpTransport(clock)
     print(await transport.listen(receiver), flush=True)
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, sys.stdin.readline):
-        request_id = RequestId(line.strip())
-        receiver.expect(request_id, 1, [BlockId(i) for i in range(num_blocks)], 0, WAIT_S)
+        name, prompt = json.loads(line)
+        request_id = RequestId(name)
+        request = Request(request_id, tuple(prompt))
+        receiver.expect(request, 1, [BlockId(i) for i in range(num_blocks)], 0, WAIT_S)
         print("expected", flush=True)
         await receiver.wait_verified(request_id)
         receiver.go_live(request_id)
@@ -91,9 +94,9 @@ class ReceivingProcess:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.address = self._read()
 
-    async def expect(self, request_id: str) -> None:
+    async def expect(self, request: Request) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(request_id + "\n")
+        self._process.stdin.write(json.dumps([request.request_id, request.prompt_token_ids]) + "\n")
         self._process.stdin.flush()
         await self.wait("expected")
 
@@ -157,8 +160,9 @@ class Bench:
         )
         self._num_requests += 1
         request_id = RequestId(f"r{self._num_requests}")
-        await self._receiver.expect(request_id)
-        result = await service.prefill(self._call(request_id))
+        call = self._call(request_id)
+        await self._receiver.expect(call.request)
+        result = await service.prefill(call)
         await self._receiver.wait("verified")
         report = await reported
         await service.aclose()

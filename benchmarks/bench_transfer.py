@@ -60,14 +60,14 @@ class Pool:
 
 
 class PoolSink:
-    """`header.num_bytes / header.num_blocks` says which of the shapes a piece belongs to."""
+    """A piece has as many tokens as blocks; its bytes for each say which of the shapes it belongs to."""
 
     def __init__(self) -> None:
         self._pools = {size: Pool(number, size, seed=1) for number, size in SHAPES.values()}
 
     def open(self, header: PieceHeader) -> Sequence[memoryview]:
-        pool = self._pools[header.num_bytes // header.num_blocks]
-        return pool.blocks(header.block_start, header.num_blocks)
+        pool = self._pools[header.num_bytes // header.num_tokens]
+        return pool.blocks(header.token_start, header.num_tokens)
 
     def close(self, header: PieceHeader, error: TransferError | None) -> None:
         pass
@@ -136,9 +136,8 @@ class Bench:
         room = asyncio.Semaphore(MAX_IN_FLIGHT)
 
         async def piece(sequence: int, start: int) -> None:
-            header = PieceHeader(
-                RequestId("bench"), 0, sequence, 0, 1, start, per_piece, per_piece * block_bytes
-            )
+            end, num_bytes = start + per_piece, per_piece * block_bytes
+            header = PieceHeader(RequestId("bench"), 0, sequence, 0, 1, start, end, num_bytes)
             await connection.push(header, pool.blocks(start, per_piece), timeout_s=60)
             room.release()
 

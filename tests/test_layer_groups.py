@@ -172,13 +172,13 @@ def test_no_more_than_the_last_group_is_exposed_on_a_link_that_keeps_up(
     num_tokens: int, num_groups: int
 ) -> None:
     config = config_of(num_groups, bytes_per_s=1e6, engine=ONE_CHUNK, **PAIR)
-    num_blocks = -(-num_tokens // config.layout.block_size)
-    all_s = num_blocks * config.layout.block_bytes / config.link_bytes_per_s
+    num_bytes = num_tokens * config.layout.block_bytes // config.layout.block_size
+    all_s = num_bytes / config.link_bytes_per_s
     report, pieces = hand_over(config, num_tokens)
     assert report.exposed_s is not None
     assert report.exposed_s <= 1.1 * all_s / num_groups + 4 * config.link_latency_s
     assert len(pieces) >= num_groups
-    assert report.num_bytes == num_blocks * config.layout.block_bytes
+    assert report.num_bytes == num_bytes
 
     off, whole = hand_over(config_of(1, bytes_per_s=1e6, engine=ONE_CHUNK, **PAIR), num_tokens)
     assert off.exposed_s is not None
@@ -197,9 +197,9 @@ def test_a_slow_link_gets_few_large_pieces_instead_of_many_small_ones() -> None:
 def test_a_block_that_the_next_chunk_goes_on_with_does_not_leave_early() -> None:
     chunks_of_40 = EngineConfig(num_blocks=256, max_num_batched_tokens=40, max_num_seqs=16)
     _, pieces = hand_over(config_of(3, engine=chunks_of_40, **PAIR), 100)
-    ends = [header.block_start + header.num_blocks for _, header in pieces]
+    ends = [header.token_end for _, header in pieces]
     assert ends == sorted(ends)
-    assert set(ends) == {2, 5, 7}  # 40 tokens fill 2 blocks, 80 fill 5, all 100 of them need 7
+    assert set(ends) == {32, 80, 100}  # 40 tokens fill 2 blocks of 16, 80 fill 5
 
 
 # --- that it stays right ---

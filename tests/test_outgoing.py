@@ -20,80 +20,88 @@ def test_groups_differ_by_one_layer_at_most_and_end_with_the_last() -> None:
     assert layer_group_ends(32, 1) == layer_group_ends(1, 4) == ()
 
 
+def outgoing(first_token: int, num_tokens: int, piece_bytes: int = EVERYTHING) -> Outgoing:
+    return Outgoing(LAYOUT, first_token, num_tokens, piece_bytes)
+
+
 def test_a_group_leaves_while_the_next_is_computed() -> None:
-    out = Outgoing(LAYOUT, 0, 4, EVERYTHING)
-    out.written(3, 2)
-    assert out.take() == Span(0, 3, 0, 2)
+    out = outgoing(0, 60)
+    out.written(50, 2)
+    assert out.take() == Span(0, 48, 0, 2)
     assert out.take() is None
-    out.written(3, 6)
-    assert out.take() == Span(0, 3, 2, 6)
-    out.written(4, 6)
-    assert out.take() == Span(3, 4, 0, 6)
+    out.written(50, 6)
+    assert out.take() == Span(0, 48, 2, 6)
+    out.written(60, 6)
+    assert out.take() == Span(48, 60, 0, 6)
 
 
-def test_what_waits_is_joined_over_layers_and_then_over_blocks() -> None:
-    out = Outgoing(LAYOUT, 0, 8, EVERYTHING)
-    for num_blocks in (2, 5, 8):
+def test_what_waits_is_joined_over_layers_and_then_over_tokens() -> None:
+    out = outgoing(0, 128)
+    for num_tokens in (32, 80, 128):
         for num_layers in (2, 4, 6):
-            out.written(num_blocks, num_layers)
-    assert out.take() == Span(0, 8, 0, 6)
+            out.written(num_tokens, num_layers)
+    assert out.take() == Span(0, 128, 0, 6)
 
 
 def test_a_step_that_ends_without_telling_its_layers_is_sent_whole() -> None:
-    out = Outgoing(LAYOUT, 1, 4, EVERYTHING)
-    out.written(2, 6)
-    out.written(4, 6)
-    assert (out.take(), out.take()) == (Span(1, 4, 0, 6), None)
+    out = outgoing(16, 64)
+    out.written(32, 6)
+    out.written(64, 6)
+    assert (out.take(), out.take()) == (Span(16, 64, 0, 6), None)
+
+
+def test_what_the_receiver_holds_may_end_in_the_middle_of_a_block() -> None:
+    out = outgoing(24, 70, LAYOUT.block_bytes)
+    out.written(16, 6)
+    assert out.take() is None
+    out.written(70, 6)
+    spans = [out.take() for _ in range(4)]
+    assert spans == [Span(24, 32, 0, 6), Span(32, 48, 0, 6), Span(48, 64, 0, 6), Span(64, 70, 0, 6)]
 
 
 def test_pieces_keep_to_their_size_but_hold_at_least_one_block() -> None:
-    out = Outgoing(LAYOUT, 0, 5, LAYOUT.group_bytes(0, 3) * 2)
-    out.written(5, 3)
-    assert [out.take() for _ in range(3)] == [Span(0, 2, 0, 3), Span(2, 4, 0, 3), Span(4, 5, 0, 3)]
-    small = Outgoing(LAYOUT, 0, 2, 1)
-    small.written(2, 6)
-    assert [small.take() for _ in range(3)] == [Span(0, 1, 0, 6), Span(1, 2, 0, 6), None]
+    out = outgoing(0, 80, LAYOUT.group_bytes(0, 3) * 2)
+    out.written(80, 3)
+    assert [out.take() for _ in range(3)] == [Span(0, 32, 0, 3), Span(32, 64, 0, 3), Span(64, 80, 0, 3)]
+    small = outgoing(0, 32, 1)
+    small.written(32, 6)
+    assert [small.take() for _ in range(3)] == [Span(0, 16, 0, 6), Span(16, 32, 0, 6), None]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_every_block_and_layer_is_taken_once_and_only_after_it_was_written(seed: int) -> None:
-    """Any chunks, any layers told of, a sender that is fast or slow."""
+def test_every_token_and_layer_is_taken_once_and_only_after_it_was_written(seed: int) -> None:
+    """Any chunks, any layers told of, any beginning, a sender that is fast or slow."""
     rng = random.Random(seed)
-    first, num_blocks = rng.randint(0, 3), rng.randint(4, 12)
+    first, num_tokens = rng.randint(0, 60), rng.randint(64, 190)
     piece_bytes = rng.randint(1, 4) * LAYOUT.block_bytes
-    out = Outgoing(LAYOUT, first, num_blocks, piece_bytes)
-    written: set[tuple[int, int]] = set()
+    out = outgoing(first, num_tokens, piece_bytes)
+    final: set[tuple[int, int]] = set()  # (token, layer) in blocks that nobody writes to again
     taken: list[tuple[int, int]] = []
 
     def take() -> bool:
         span = out.take()
         if span is None:
             return False
-        blocks, layers = (
-            span.block_end - span.block_start,
-            LAYOUT.group_bytes(span.layer_start, span.layer_end),
-        )
-        assert blocks == 1 or blocks * layers <= piece_bytes
-        cells = [
-            (block, layer)
-            for block in range(span.block_start, span.block_end)
-            for layer in range(span.layer_start, span.layer_end)
-        ]
-        assert cells and set(cells) <= written
+        num_blocks = -(-span.token_end // 16) - span.token_start // 16
+        assert num_blocks == 1 or num_blocks * LAYOUT.group_bytes(*span[2:]) <= piece_bytes
+        assert span.token_end % 16 == 0 or span.token_end == num_tokens
+        cells = [(token, layer) for token in range(*span[:2]) for layer in range(*span[2:])]
+        assert cells and set(cells) <= final
         taken.extend(cells)
         return True
 
     end = 0
-    while end < num_blocks:
-        end = min(num_blocks, end + rng.randint(0, 4))
+    while end < num_tokens:
+        end = min(num_tokens, end + rng.randint(0, 60))
+        full = end if end == num_tokens else end // 16 * 16
         for num_layers in [*sorted(rng.sample(range(1, NUM_LAYERS), rng.randint(0, 4))), NUM_LAYERS]:
-            written |= {(block, layer) for block in range(end) for layer in range(num_layers)}
+            final |= {(token, layer) for token in range(full) for layer in range(num_layers)}
             out.written(end, num_layers)
             while rng.random() < 0.5 and take():
                 pass
     while take():
         pass
-    expected = {(block, layer) for block in range(first, num_blocks) for layer in range(NUM_LAYERS)}
+    expected = {(token, layer) for token in range(first, num_tokens) for layer in range(NUM_LAYERS)}
     assert set(taken) == expected
     assert len(taken) == len(expected)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import importlib.util
 import os
 import random
@@ -27,7 +28,6 @@ from baton.request import RequestId
 from baton.transfer import framing
 from baton.transfer.base import MAX_IN_FLIGHT, Connection, Transport
 from baton.transfer.choose import available, make_transport
-from baton.transfer.digest import piece_digest
 from baton.transfer.inproc import Faults, InprocNetwork, InprocTransport
 from baton.transfer.shm import ShmTransport, boot_id, make_ring
 from baton.transfer.tcp import TcpTransport
@@ -91,7 +91,7 @@ class Sink:
             raise TransferRefused(f"{header.sequence} is not what it should be")
 
     def _digest(self, header: PieceHeader) -> bytes:
-        return piece_digest(header, [memoryview(buffer) for buffer in self.buffers[header.sequence]])
+        return checksum([memoryview(buffer) for buffer in self.buffers[header.sequence]])
 
     def content(self, sequence: int) -> bytes:
         return b"".join(self.buffers[sequence])
@@ -175,6 +175,10 @@ def noise(num_bytes: int, seed: int = 0) -> bytes:
     return NOISE[seed : seed + num_bytes]
 
 
+def checksum(payload: Sequence[memoryview]) -> bytes:
+    return hashlib.blake2b(b"".join(payload), digest_size=16).digest()
+
+
 def split(data: bytes, size: int) -> list[memoryview]:
     return [memoryview(data)[start : start + size] for start in range(0, len(data), size)]
 
@@ -191,9 +195,8 @@ async def push(
     size: int = 2**16,
     timeout_s: float = PUSH_S,
 ) -> None:
-    header = make_header(len(data), sequence)
     payload = split(data, size)
-    header = make_header(len(data), sequence, digest=piece_digest(header, payload))
+    header = make_header(len(data), sequence, digest=checksum(payload))
     await connection.push(header, payload, timeout_s=timeout_s)
 
 
@@ -343,8 +346,7 @@ class TestContract:
 
         async def play(world: World) -> None:
             connection = await world.connect()
-            header = make_header(len(data))
-            header = make_header(len(data), digest=piece_digest(header, [memoryview(data)]))
+            header = make_header(len(data), digest=checksum([memoryview(data)]))
             task = asyncio.create_task(connection.push(header, [memoryview(data)], timeout_s=PUSH_S))
             await world.sink.until_open()
             for _ in range(turns):
@@ -707,7 +709,7 @@ class TestTcpOnTheWire:
         "nothing": b"",
         "another protocol": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
         "half a hello": HELLO[:3],
-        "another version": b"BATN" + struct.pack("<H", 999),
+        "another version": b"BATN" + struct.pack("<HH", 998, 999),
         "endless header": HELLO + struct.pack("<I", 2**32 - 1) + bytes(10**6),
         "empty header": HELLO + struct.pack("<I", 0),
         "header cut short": HELLO + FRAME[:-1],
@@ -715,7 +717,7 @@ class TestTcpOnTheWire:
         "header with spare bytes": HELLO + struct.pack("<I", len(HEADER) + 1) + HEADER + b"x",
         "piece cut short": HELLO + FRAME + bytes(99),
         "piece that is too long": HELLO + FRAME + bytes(100) + b"\xff" * 1000,
-        "exabytes": HELLO + FRAME[:4] + HEADER[:26] + struct.pack("<Q", 2**62) + HEADER[34:] + bytes(10**6),
+        "exabytes": HELLO + FRAME[:4] + HEADER[:40] + struct.pack("<Q", 2**62) + HEADER[48:] + bytes(10**6),
     }
 
     @staticmethod

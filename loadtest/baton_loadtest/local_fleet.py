@@ -102,7 +102,7 @@ class LocalFleet:
     ) -> LocalWorker:
         storage, clock, emit = runner.storage, self.clock, self._emit
         engine = Engine(self._engine_config, runner, clock, fingerprint)
-        receiver = Receiver(storage, clock, emit, self.transfers.append)
+        receiver = Receiver(storage, fingerprint, clock, emit, self.transfers.append)
         kv_address = await transport.listen(receiver)
         worker = Worker(
             WorkerRecord(

@@ -58,7 +58,7 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
             advertise_host=_advertise_host(kv.host, kv.advertise_host),
         )
         closing.push_async_callback(transport.aclose)
-        receiver = Receiver(runner.storage, clock, emit, metrics.observe_transfer)
+        receiver = Receiver(runner.storage, loaded.fingerprint, clock, emit, metrics.observe_transfer)
         kv_address = await transport.listen(receiver)
         engine = Engine(config.engine, runner, clock, loaded.fingerprint)
         index = _index(config, clock)

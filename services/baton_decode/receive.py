@@ -1,5 +1,8 @@
 """The receiving end of the hand-over: which pieces may land where, and when a request has all it needs.
 
+A piece whose bytes lie as this pool's do is written where it belongs at once; any other one goes into memory of its
+own and is converted once its digest matched (transfer.adapt). Either way it counts for nothing before that.
+
 `Receiver` is the worker's `PieceSink`. It owns the table of hand-overs; nobody else touches them. A decode service
 expects a hand-over, waits for it, and ends it; blocks go back to the pool only after `wait_free`.
 """
@@ -13,10 +16,11 @@ from baton.errors import TransferError, TransferRefused
 from baton.events import Emit
 from baton.kv.layout import BlockStorage
 from baton.messages import Holder, Purpose
-from baton.request import BlockId, RequestId
-from baton.transfer.digest import mismatch, piece_digest
+from baton.request import BlockId, Request, RequestId
+from baton.transfer import adapt
+from baton.transfer.digest import Digester, mismatch
 from baton.transfer.report import OnTransfer, Outcome, TransferReport, ignore
-from baton.transfer.session import HandOver, State
+from baton.transfer.session import HandOver, Piece, State, name_of
 from baton.transfer.wire import PieceHeader
 
 _OUTCOMES: dict[State, Outcome] = {
@@ -29,16 +33,19 @@ _OUTCOMES: dict[State, Outcome] = {
 @dataclass(slots=True)
 class _Expected:
     hand_over: HandOver
-    buffers: dict[int, list[memoryview]] = field(default_factory=dict)  # open piece -> where it is written
+    digester: Digester
+    buffers: dict[Piece, list[memoryview]] = field(default_factory=dict)  # open piece -> where it is written
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Receiver:
     def __init__(
-        self, storage: BlockStorage, clock: Clock, emit: Emit, on_transfer: OnTransfer = ignore
+        self, storage: BlockStorage, identity: str, clock: Clock, emit: Emit, on_transfer: OnTransfer = ignore
     ) -> None:
-        """`on_transfer` hears of every hand-over that got at least one piece, once it has ended."""
+        """`identity` names the model in digests, on both sides the same. `on_transfer` hears of every hand-over
+        that got at least one piece, once it has ended."""
         self._storage = storage
+        self._identity = identity
         self._clock = clock
         self._emit = emit
         self._on_transfer = on_transfer
@@ -50,23 +57,26 @@ class Receiver:
 
     def expect(
         self,
-        request_id: RequestId,
+        request: Request,
         epoch: int,
         block_ids: Sequence[BlockId],
-        first_block: int,
+        num_cached_tokens: int,
         lease_s: float,
     ) -> None:
-        assert request_id not in self._expected
+        """Tokens from num_cached_tokens on, into the blocks of the whole prompt."""
+        assert request.request_id not in self._expected
         hand_over = HandOver(
-            request_id=request_id,
+            request_id=request.request_id,
             epoch=epoch,
             layout=self._storage.layout,
             block_ids=tuple(block_ids),
-            first_block=first_block,
+            num_tokens=request.num_prompt_tokens,
+            first_token_to_send=num_cached_tokens,
             lease_s=lease_s,
             lease_end_s=self._clock.now() + lease_s,
         )
-        self._expected[request_id] = _Expected(hand_over)
+        digester = Digester(self._identity, request.prompt_token_ids)
+        self._expected[request.request_id] = _Expected(hand_over, digester)
 
     async def wait_verified(self, request_id: RequestId) -> HandOver:
         """Raises TransferError when the hand-over failed or its lease ended."""
@@ -126,12 +136,11 @@ class Receiver:
                 f"{hand_over.ending.name.lower()}: {hand_over.reason}; {hand_over.num_open} pieces still open"
             )
             return replace(holder, purpose=Purpose.DRAINING, epoch=hand_over.epoch, note=note)
-        wanted = len(hand_over.block_ids) - hand_over.first_block
         return replace(
             holder,
             epoch=hand_over.epoch,
             lease_left_s=hand_over.lease_end_s - self._clock.now(),
-            note=f"{hand_over.num_blocks_received} of {wanted} blocks have begun to arrive",
+            note=f"{hand_over.share:.0%} of the KV has arrived",
         )
 
     @property
@@ -145,25 +154,39 @@ class Receiver:
         try:
             if expected is None:
                 raise TransferRefused(f"nobody expects KV for {header.request_id}")
-            block_ids = expected.hand_over.open(header, self._clock.now())
+            if not adapt.can_convert(header.dtype, self._storage.layout.dtype):
+                raise TransferRefused(f"{header.dtype} cannot become {self._storage.layout.dtype}")
+            expected.hand_over.open(header, self._clock.now())
         except TransferRefused as refusal:
             self.num_pieces_refused += 1
             self._emit("piece.refused", request=header.request_id, piece=header.sequence, why=refusal.message)
             raise
-        buffers = [self._storage.region(b, header.layer_start, header.layer_end) for b in block_ids]
-        expected.buffers[header.sequence] = buffers
+        buffers = self._buffers(header, expected.hand_over.block_ids)
+        expected.buffers[name_of(header)] = buffers
         expected.changed.set()
         return buffers
 
     def close(self, header: PieceHeader, error: TransferError | None) -> None:
         expected = self._expected[header.request_id]  # stays until FREE, so it is there for every open piece
-        buffers = expected.buffers.pop(header.sequence)
-        corrupt = error is None and piece_digest(header, buffers) != header.digest
+        buffers = expected.buffers.pop(name_of(header))
         expected.changed.set()
-        if not corrupt:
-            expected.hand_over.close(header, error, self._clock.now())
-            return
+        layout = self._storage.layout
+        if error is None and expected.digester.digest(header, layout, buffers) != header.digest:
+            self._reject(expected.hand_over, header)
+        if error is None and not adapt.fits(layout, header) and buffers:
+            adapt.scatter(buffers[0], self._storage, expected.hand_over.block_ids, header)
+        expected.hand_over.close(header, error, self._clock.now())
+
+    def _buffers(self, header: PieceHeader, block_ids: Sequence[BlockId]) -> list[memoryview]:
+        if adapt.fits(self._storage.layout, header):
+            return adapt.views(self._storage, block_ids, header)
+        return [memoryview(bytearray(header.num_bytes))] if header.num_bytes else []
+
+    def _reject(self, hand_over: HandOver, header: PieceHeader) -> None:
         self.num_digest_mismatches += 1
-        self._emit("piece.corrupt", request=header.request_id, piece=header.sequence, bytes=header.num_bytes)
-        expected.hand_over.reject(header)
+        self._emit(
+            "piece.corrupt", request=header.request_id, piece=header.sequence, bytes=header.num_bytes,
+            tokens=[header.token_start, header.token_end], layers=[header.layer_start, header.layer_end],
+        )  # fmt: skip
+        hand_over.reject(header)
         raise mismatch(header)

@@ -18,6 +18,7 @@ from baton.engine.batch import SequenceOutput, StepOutput
 from baton.engine.worker import Worker
 from baton.errors import BatonError, DeadlineExceeded, InternalError
 from baton.events import Emit
+from baton.kv.block import num_blocks_for
 from baton.messages import (
     Cancel,
     Failure,
@@ -190,20 +191,19 @@ class _Session:
             raise InternalError(f"{job.request_id} vanished from the engine")
         block_size = self._worker.record.block_size
         service.receiver.expect(
-            job.request_id,
+            submit.request,
             submit.epoch,
             sequence.prompt_blocks(block_size),
-            sequence.num_cached_tokens // block_size,
+            sequence.num_cached_tokens,
             service.config.lease_s,
         )
         self._say(self._ticket(job, submit, sequence.num_cached_tokens))
+        num_blocks = num_blocks_for(submit.request.num_prompt_tokens - sequence.num_cached_tokens, block_size)
         hand_over = await service.receiver.wait_verified(job.request_id)
         service.receiver.go_live(job.request_id)
         started_s, ended_s = hand_over.opened_s or 0.0, hand_over.closed_s or 0.0
-        self._say(
-            Received(job.handle, hand_over.num_blocks_received, hand_over.num_bytes, ended_s - started_s)
-        )
-        service.emit("kv.received", request=job.request_id, blocks=hand_over.num_blocks_received)
+        self._say(Received(job.handle, num_blocks, hand_over.num_bytes, ended_s - started_s))
+        service.emit("kv.received", request=job.request_id, blocks=num_blocks)
         job.starting = None
         finish_reason = engine.activate(job.request_id, hand_over.first_token)
         if finish_reason is not None:

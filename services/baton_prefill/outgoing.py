@@ -11,14 +11,15 @@ Blocks fill front to back and layers bottom to top, so what is ready at any time
 from collections import deque
 from typing import NamedTuple
 
+from baton.kv.block import num_blocks_for
 from baton.kv.layout import KVLayout
 
 
 class Span(NamedTuple):
-    """Layers [layer_start, layer_end) of blocks [block_start, block_end) of one request."""
+    """Layers [layer_start, layer_end) of tokens [token_start, token_end) of one request."""
 
-    block_start: int
-    block_end: int
+    token_start: int
+    token_end: int
     layer_start: int
     layer_end: int
 
@@ -33,17 +34,23 @@ def layer_group_ends(num_layers: int, num_groups: int) -> tuple[int, ...]:
 
 
 class Outgoing:
-    """The blocks [first_block, num_blocks) of one request. Every (block, layer) is taken exactly once."""
+    """The tokens [first_token, num_tokens) of one request. Every (token, layer) is taken exactly once, in pieces that
+    end between two blocks of the pool, or with the prompt."""
 
-    def __init__(self, layout: KVLayout, first_block: int, num_blocks: int, piece_bytes: int) -> None:
+    def __init__(self, layout: KVLayout, first_token: int, num_tokens: int, piece_bytes: int) -> None:
         self._layout = layout
         self._piece_bytes = piece_bytes
-        self._first = first_block  # blocks below it are queued in all their layers
+        self._first_token = first_token
+        self._num_tokens = num_tokens
+        self._first = first_token // layout.block_size  # blocks below it are queued in all their layers
+        num_blocks = num_blocks_for(num_tokens, layout.block_size)
         self._num_queued = [0] * num_blocks  # layers of each block that are queued or taken
         self._spans: deque[Span] = deque()
 
-    def written(self, num_blocks: int, num_layers: int) -> None:
-        """Layers [0, num_layers) of the blocks below num_blocks will not be written again."""
+    def written(self, num_tokens: int, num_layers: int) -> None:
+        """Layers [0, num_layers) of the first num_tokens are written. Blocks that are not full may be written again."""
+        is_whole = num_tokens >= self._num_tokens
+        num_blocks = len(self._num_queued) if is_whole else num_tokens // self._layout.block_size
         start = self._first
         while start < num_blocks:
             done = self._num_queued[start]
@@ -51,7 +58,7 @@ class Outgoing:
             while end < num_blocks and self._num_queued[end] == done:
                 end += 1
             if done < num_layers:
-                self._queue(Span(start, end, done, num_layers))
+                self._queue(self._span(start, end, done, num_layers))
                 self._num_queued[start:end] = [num_layers] * (end - start)
             start = end
         if num_layers == self._layout.num_layers:
@@ -62,15 +69,22 @@ class Outgoing:
         if not self._spans:
             return None
         span = self._spans.popleft()
+        size = self._layout.block_size
         block_bytes = self._layout.group_bytes(span.layer_start, span.layer_end)
-        end = min(span.block_end, span.block_start + max(1, self._piece_bytes // max(1, block_bytes)))
-        if end < span.block_end:
-            self._spans.appendleft(span._replace(block_start=end))
-        return span._replace(block_end=end)
+        num_blocks = max(1, self._piece_bytes // max(1, block_bytes))
+        end = min(span.token_end, (span.token_start // size + num_blocks) * size)
+        if end < span.token_end:
+            self._spans.appendleft(span._replace(token_start=end))
+        return span._replace(token_end=end)
 
     @property
     def has_ready(self) -> bool:
         return bool(self._spans)
+
+    def _span(self, block_start: int, block_end: int, layer_start: int, layer_end: int) -> Span:
+        size = self._layout.block_size
+        token_start, token_end = max(block_start * size, self._first_token), block_end * size
+        return Span(token_start, min(token_end, self._num_tokens), layer_start, layer_end)
 
     def _queue(self, span: Span) -> None:
         """What waits grows together, so that a sender who is behind sends few large pieces."""
@@ -83,6 +97,6 @@ class Outgoing:
 def _join(a: Span, b: Span) -> Span | None:
     if a[:2] == b[:2] and a.layer_end == b.layer_start:
         return a._replace(layer_end=b.layer_end)
-    if a[2:] == b[2:] and a.block_end == b.block_start:
-        return a._replace(block_end=b.block_end)
+    if a[2:] == b[2:] and a.token_end == b.token_start:
+        return a._replace(token_end=b.token_end)
     return None

@@ -6,22 +6,23 @@ engine may give them back only then.
 """
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
 from baton.clock import Clock
 from baton.errors import TransferError, TransferRefused
 from baton.events import Emit
-from baton.kv.block import num_blocks_for
 from baton.kv.layout import BlockStorage
 from baton.messages import Ticket
-from baton.request import BlockId
+from baton.request import BlockId, Request
+from baton.transfer import adapt
 from baton.transfer.base import MAX_IN_FLIGHT, Connection, Transport
-from baton.transfer.digest import is_mismatch, piece_digest
+from baton.transfer.digest import Digester, is_mismatch
 from baton.transfer.report import Outcome, TransferReport
-from baton.transfer.session import MAX_SENDS
+from baton.transfer.session import Sending
 from baton.transfer.wire import PieceHeader
-from baton_prefill.outgoing import Outgoing
+from baton_prefill.outgoing import Outgoing, Span
 
 
 class Connections:
@@ -43,32 +44,31 @@ class Connections:
 
 
 class Push:
-    """Mutable progress of one hand-over. All methods belong to one event loop."""
+    """Progress of one hand-over. All methods belong to one event loop."""
 
     def __init__(
         self,
         ticket: Ticket,
-        num_prompt_tokens: int,
+        request: Request,
         storage: BlockStorage,
+        identity: str,
         clock: Clock,
         emit: Emit,
         *,
         piece_bytes: int,
         timeout_s: float,
     ) -> None:
-        self.num_blocks = 0  # this and the next three count what was acknowledged
-        self.num_bytes = 0
-        self.num_pieces = 0
-        self.num_mismatches = 0  # pieces that were sent again
+        """`identity` names the model in digests, on both sides the same."""
+        self.num_bytes = 0  # that were acknowledged
+        self.sending = Sending()
         self.ticket = ticket
-        self._num_prompt_tokens = num_prompt_tokens
+        self._num_tokens = request.num_prompt_tokens
         self._storage = storage
         self._clock = clock
         self._emit = emit
         self._timeout_s = timeout_s
-        self._num_blocks = num_blocks_for(num_prompt_tokens, storage.layout.block_size)
-        first_block = ticket.num_cached_tokens // storage.layout.block_size
-        self._outgoing = Outgoing(storage.layout, first_block, self._num_blocks, piece_bytes)
+        self._digester = Digester(identity, request.prompt_token_ids)
+        self._outgoing = Outgoing(storage.layout, ticket.num_cached_tokens, self._num_tokens, piece_bytes)
         self._block_table: Sequence[BlockId] = ()
         self._first_token: int | None = None
         self._changed = asyncio.Event()
@@ -80,11 +80,9 @@ class Push:
         self, num_tokens: int, block_table: Sequence[BlockId], num_layers: int | None = None
     ) -> None:
         """KV of the first num_tokens prompt tokens, in the layers below num_layers (all of them without it), is in
-        these blocks. Only blocks that will not be written again go: full ones, and the prompt's last."""
-        layout = self._storage.layout
-        is_whole = num_tokens >= self._num_prompt_tokens
-        num_blocks = self._num_blocks if is_whole else num_tokens // layout.block_size
-        self._outgoing.written(num_blocks, layout.num_layers if num_layers is None else num_layers)
+        these blocks."""
+        all_layers = self._storage.layout.num_layers
+        self._outgoing.written(num_tokens, all_layers if num_layers is None else num_layers)
         self._block_table = tuple(block_table)
         self._changed.set()
 
@@ -92,27 +90,26 @@ class Push:
         """The whole prompt is computed."""
         self._first_token = first_token
         self._computed_s = self._clock.now()
-        self.computed(self._num_prompt_tokens, block_table)
+        self.computed(self._num_tokens, block_table)
 
     async def run(self, connections: Connections) -> None:
         """Returns when the receiver acknowledged everything. Raises TransferError; cancelling it is safe: when it has
         returned or raised, no transport reads the source blocks any more."""
-        connection = await connections.get(self.ticket.address)
-        in_flight = asyncio.Semaphore(MAX_IN_FLIGHT)
-        sequence = 0
         try:
+            connection = await connections.get(self.ticket.address)
+            in_flight = asyncio.Semaphore(MAX_IN_FLIGHT)
             async with asyncio.TaskGroup() as tasks:
-                while True:
+                is_last = False
+                while not is_last:
                     await in_flight.acquire()
-                    header = await self._next_piece(sequence)
+                    header = await self._next_piece()
+                    is_last = header.is_last
                     tasks.create_task(self._send(connection, header, in_flight))
-                    sequence += 1
-                    if header.is_last:
-                        break
         except BaseExceptionGroup as group:
             raise _first_cause(group) from None
         finally:
             self._ended_s = self._clock.now()
+            self.sending.end("the push was cancelled")
 
     def report(self, outcome: Outcome) -> TransferReport:
         """Of a push that has ended."""
@@ -121,63 +118,74 @@ class Push:
         exposed_s = None
         if outcome == "ok" and self._computed_s is not None:
             exposed_s = ended_s - self._computed_s
-        return TransferReport("sent", outcome, seconds, self.num_bytes, self.num_mismatches, exposed_s)
+        return TransferReport(
+            "sent", outcome, seconds, self.num_bytes, self.sending.num_mismatches, exposed_s
+        )
 
-    async def _next_piece(self, sequence: int) -> PieceHeader:
-        """Wait until there is something to send and cut it: the last piece may have no blocks at all."""
+    async def _next_piece(self) -> PieceHeader:
+        """Wait until there is something to send and cut it: the last piece may have no tokens at all."""
         while not self._outgoing.has_ready and self._first_token is None:
             self._changed.clear()
             await self._changed.wait()
         if self._first_piece_s is None:
             self._first_piece_s = self._clock.now()
         layout = self._storage.layout
-        start, end, layer_start, layer_end = self._outgoing.take() or (
-            self._num_blocks, self._num_blocks, 0, layout.num_layers,
-        )  # fmt: skip
-        last = self._first_token is not None and not self._outgoing.has_ready
-        return PieceHeader(
+        span = self._outgoing.take() or Span(self._num_tokens, self._num_tokens, 0, layout.num_layers)
+        is_last = self._first_token is not None and not self._outgoing.has_ready
+        sequence = self.sending.depart(last=is_last)
+        header = PieceHeader(
             request_id=self.ticket.request_id,
             epoch=self.ticket.epoch,
             sequence=sequence,
-            layer_start=layer_start,
-            layer_end=layer_end,
-            block_start=start,
-            num_blocks=end - start,
-            num_bytes=(end - start) * layout.group_bytes(layer_start, layer_end),
-            num_pieces=sequence + 1 if last else 0,
-            first_token=self._first_token if last and self._first_token is not None else -1,
+            layer_start=span.layer_start,
+            layer_end=span.layer_end,
+            token_start=span.token_start,
+            token_end=span.token_end,
+            num_bytes=0,
+            num_pieces=sequence + 1 if is_last else 0,
+            first_token=self._first_token if is_last and self._first_token is not None else -1,
+            head_start=layout.heads[0],
+            head_end=layout.heads[1],
+            run_tokens=layout.block_size,
+            dtype=layout.dtype,
+            shard=layout.shard,
+            num_shards=layout.num_shards,
         )
+        return replace(header, num_bytes=adapt.payload_bytes(layout, header))
 
     async def _send(self, connection: Connection, header: PieceHeader, in_flight: asyncio.Semaphore) -> None:
-        block_ids = self._block_table[header.block_start : header.block_start + header.num_blocks]
-        payload = [self._storage.region(b, header.layer_start, header.layer_end) for b in block_ids]
-        # Once, from the source: a repeat must carry what was meant the first time.
-        header = replace(header, digest=piece_digest(header, payload))
+        failure: str | None = "the push was cancelled"
         try:
-            await self._send_until_intact(connection, header, payload)
+            payload = adapt.payload(self._storage, self._block_table, header)
+            # Once, from the source: a repeat must carry what was meant the first time.
+            digest = self._digester.digest(header, self._storage.layout, payload)
+            await self._send_until_intact(connection, replace(header, digest=digest), payload)
+            self.num_bytes += header.num_bytes
+            failure = None
+        except TransferError as error:
+            failure = error.message
+            raise
         finally:
+            self.sending.settle(failure)
             in_flight.release()
-        self.num_pieces += 1
-        self.num_blocks += header.num_blocks * (header.layer_end == self._storage.layout.num_layers)
-        self.num_bytes += header.num_bytes
 
     async def _send_until_intact(
         self, connection: Connection, header: PieceHeader, payload: Sequence[memoryview]
     ) -> None:
-        for num_left in reversed(range(MAX_SENDS)):
+        for num_sent in itertools.count(1):
             try:
                 await connection.push(header, payload, timeout_s=self._timeout_s)
                 return
             except TransferRefused as refusal:
                 if not is_mismatch(refusal):
                     raise
-                self.num_mismatches += 1
+                again = self.sending.mismatch(num_sent)
                 self._emit(
                     "piece.mismatch", request=header.request_id, piece=header.sequence, bytes=header.num_bytes,
                     to=self.ticket.worker_id, transport=self.ticket.transport, address=self.ticket.address,
-                    again=num_left > 0,
+                    again=again,
                 )  # fmt: skip
-                if not num_left:
+                if not again:
                     raise
 
 

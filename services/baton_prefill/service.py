@@ -94,8 +94,9 @@ class PrefillService:
         self._worker.engine.add(request, prefill_only=True)
         push = Push(
             ticket,
-            request.num_prompt_tokens,
+            request,
             self._storage,
+            self._worker.record.fingerprint,
             self._clock,
             self._emit,
             piece_bytes=self._config.piece_bytes,
@@ -178,7 +179,7 @@ class PrefillService:
             return "failed"
         report = push.report("ok")
         self._emit(
-            "push.done", request=request_id, blocks=push.num_blocks, pieces=push.num_pieces,
+            "push.done", request=request_id, pieces=push.sending.num_left,
             bytes=report.num_bytes, seconds=report.seconds, exposed_s=report.exposed_s,
         )  # fmt: skip
         return "ok"

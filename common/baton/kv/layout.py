@@ -28,12 +28,21 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """`dtype` is a name both sides know ("float32", "bfloat16"); `element_bytes` its size."""
+    """`dtype` is a name both sides know ("float32", "bfloat16"); `element_bytes` its size.
+
+    With num_shards > 1 the pool is one of so many equal slices of each layer's KV heads, as a rank of a tensor-parallel
+    worker has them, and `layers` says what this slice holds. Heads are counted over the whole model everywhere else.
+    """
 
     block_size: int
     layers: tuple[LayerLayout, ...]
     dtype: str
     element_bytes: int
+    shard: int = 0
+    num_shards: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.num_shards == 1 or len({layer.num_kv_heads for layer in self.layers}) == 1
 
     @property
     def num_layers(self) -> int:
@@ -49,13 +58,34 @@ class KVLayout:
     def block_bytes(self) -> int:
         return self.layer_offsets[-1]
 
+    @cached_property
+    def heads(self) -> tuple[int, int]:
+        """[start, end) of the KV heads in this pool; a layer with fewer has those below its own number."""
+        num_heads = max(layer.num_kv_heads for layer in self.layers)
+        return self.shard * num_heads, (self.shard + 1) * num_heads
+
+    def num_heads(self, layer: int, head_start: int, head_end: int) -> int:
+        """How many of these heads that layer has."""
+        end = min(head_end, self.layers[layer].num_kv_heads * self.num_shards)
+        return max(0, end - head_start)
+
+    def token_bytes(
+        self, layer_start: int, layer_end: int, head_start: int, head_end: int, element_bytes: int
+    ) -> int:
+        """Of one token's K and V in these layers and heads."""
+        return element_bytes * sum(
+            self.num_heads(index, head_start, head_end) * (layer.k_dim + layer.v_dim)
+            for index, layer in enumerate(self.layers[layer_start:layer_end], layer_start)
+        )
+
     def group_bytes(self, layer_start: int, layer_end: int) -> int:
         return self.layer_offsets[layer_end] - self.layer_offsets[layer_start]
 
     def describe(self) -> str:
         """Equal strings mean equal bytes; part of the worker fingerprint."""
         shapes = ";".join(f"{layer.num_kv_heads}x{layer.k_dim}/{layer.v_dim}" for layer in self.layers)
-        return f"{self.block_size}:{self.dtype}:{shapes}"
+        slice_ = f":{self.shard}/{self.num_shards}" if self.num_shards > 1 else ""
+        return f"{self.block_size}:{self.dtype}:{shapes}{slice_}"
 
 
 class BlockStorage(Protocol):

@@ -1,6 +1,6 @@
 """What goes around pieces on a byte stream: the greeting, and the receiver's answer to each piece.
 
-hello    magic, wire version: both sides send one, before anything else
+hello    magic, oldest and newest wire version: both sides send one, before anything else
 answer   status, length of the reason, reason (UTF-8): one per piece, in the order of the pieces; over shared memory
          also one, without a reason, for each slot of the ring that is free again
 """
@@ -9,13 +9,13 @@ import enum
 import struct
 
 from baton.errors import TransferError, TransferRefused
-from baton.transfer.wire import FIXED_BYTES, MAX_DIGEST_BYTES, MAX_REQUEST_ID_BYTES, VERSION
+from baton.transfer.wire import FIXED_BYTES, MAX_DIGEST_BYTES, MAX_REQUEST_ID_BYTES, VERSIONS
 
 MAX_HEADER_BYTES = FIXED_BYTES + MAX_REQUEST_ID_BYTES + MAX_DIGEST_BYTES
 MAX_REASON_BYTES = 512
 MAX_SKIPPED_BYTES = 2**30  # of a refused piece; more than that is no piece of ours
 
-HELLO = struct.Struct("<4sH")
+HELLO = struct.Struct("<4sHH")
 ANSWER = struct.Struct("<BH")
 _MAGIC = b"BATN"
 
@@ -30,16 +30,18 @@ SLOT_FREE = ANSWER.pack(Status.SLOT_FREE, 0)
 
 
 def hello() -> bytes:
-    return HELLO.pack(_MAGIC, VERSION)
+    return HELLO.pack(_MAGIC, min(VERSIONS), max(VERSIONS))
 
 
 def check_hello(data: bytes | bytearray | memoryview) -> None:
-    """Raises TransferError when the other side is not Baton, or of another wire version."""
-    magic, version = HELLO.unpack_from(data)
+    """Raises TransferError when the other side is not Baton, or has no wire version in common with this one."""
+    magic, oldest, newest = HELLO.unpack_from(data)
     if magic != _MAGIC:
         raise TransferError("the peer is not a Baton worker")
-    if version != VERSION:
-        raise TransferError(f"the peer speaks wire version {version}, this worker speaks {VERSION}")
+    if not any(oldest <= version <= newest for version in VERSIONS):
+        raise TransferError(
+            f"the peer speaks wire versions {oldest} to {newest}, this worker {min(VERSIONS)} to {max(VERSIONS)}"
+        )
 
 
 def check_header_bytes(num_bytes: int) -> None:

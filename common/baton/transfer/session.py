@@ -6,16 +6,18 @@
 
 RESERVED   blocks are taken, the ticket is out, nothing came yet
 RECEIVING  at least one piece was opened
-VERIFIED   every block of every layer arrived, each piece's digest matched, the last piece gave the first token
+VERIFIED   all tokens of all layers and heads arrived, each piece's digest matched, every shard's last piece is there
 LIVE       the sequence runs; its blocks belong to the engine, the hand-over only still refuses late pieces
 DRAINING   ended early, but a transport may still write: the blocks belong to nobody else yet
-FREE       no byte can be written any more: the blocks may go back to the pool
+FREE       no byte can be written any more: the blocks may go back to the pool, or be computed here instead
 
-A piece is refused unless request, epoch, layers, blocks and size fit and it is the first of its kind. `open` and
-`close` come in pairs (transfer.base), which is how the hand-over knows whether a write may still land.
+A piece is refused unless request, epoch, tokens, layers, heads and size fit and it is the first of its kind. `open`
+and `close` come in pairs (transfer.base), which is how the hand-over knows whether a write may still land.
 
 A piece that does not match its digest is closed by `reject`: its place is free again and the sender may send the same
 piece once more, MAX_SENDS times in all. Nothing of a rejected piece counts, so VERIFIED needs its repeat.
+
+`Sending` below is the other side: when the sender may give its source blocks back.
 """
 
 import enum
@@ -26,9 +28,13 @@ from dataclasses import dataclass, field
 from baton.errors import TransferError, TransferRefused
 from baton.kv.layout import KVLayout
 from baton.request import BlockId, RequestId
-from baton.transfer.wire import PieceHeader
+from baton.transfer.coverage import Coverage
+from baton.transfer.wire import ELEMENT_BYTES, Box, PieceHeader
 
 MAX_SENDS = 3  # of one piece
+MAX_SHARDS = 64  # senders of one hand-over
+
+Piece = tuple[int, int]  # shard and sequence number
 
 
 class State(enum.Enum):
@@ -61,15 +67,16 @@ TRANSITIONS: dict[State, tuple[State, ...]] = {
 class HandOver:
     """Mutable; touched only by its owner, on one event loop.
 
-    `block_ids` are the destination blocks of the whole prompt; pieces may fill those from index `first_block` on (the
-    ones before are held already). Each open or closed piece renews the lease.
+    `block_ids` are the destination blocks of the whole prompt of `num_tokens`; pieces may fill the tokens from
+    `first_token_to_send` on (the ones before are held already). Each open or closed piece renews the lease.
     """
 
     request_id: RequestId
     epoch: int
     layout: KVLayout
     block_ids: Sequence[BlockId]
-    first_block: int
+    num_tokens: int
+    first_token_to_send: int
     lease_s: float
     lease_end_s: float
     state: State = State.RESERVED
@@ -79,56 +86,59 @@ class HandOver:
     num_bytes: int = 0
     opened_s: float | None = None
     closed_s: float | None = None
-    _open: set[int] = field(default_factory=set)  # sequence numbers a transport writes now
-    _taken: set[int] = field(default_factory=set)  # opened or done; a second one is a duplicate
-    _num_rejected: Counter[int] = field(default_factory=Counter)  # by sequence number
-    _num_done: int = 0
-    _num_pieces: int = 0  # known from the last piece on
-    _filled: dict[int, int] = field(default_factory=dict)  # block index -> bit per layer, claimed by a piece
+    _open: dict[Piece, Box] = field(default_factory=dict)  # a transport writes them now
+    _done: set[Piece] = field(default_factory=set)
+    _num_rejected: Counter[Piece] = field(default_factory=Counter)
+    _num_shards: int = 0  # known once a piece is closed
+    _num_pieces: dict[int, int] = field(default_factory=dict)  # of each shard whose last piece came
+    _coverage: Coverage = field(init=False)  # by closed pieces
+
+    def __post_init__(self) -> None:
+        layers = (0, self.layout.num_layers)
+        wanted = Box(self.first_token_to_send, self.num_tokens, *layers, *self.layout.heads)
+        self._coverage = Coverage(wanted)
 
     # --- pieces ---
 
-    def open(self, header: PieceHeader, now_s: float) -> list[BlockId]:
-        """The destination blocks of this piece, in order. Raises TransferRefused."""
+    def open(self, header: PieceHeader, now_s: float) -> None:
+        """From here until it is closed its place in the blocks belongs to a transport. Raises TransferRefused."""
         self._check(header)
-        self._claim(header)
         if self.state is State.RESERVED:
             self._move(State.RECEIVING)
             self.opened_s = now_s
-        self._open.add(header.sequence)
-        self._taken.add(header.sequence)
+        self._open[name_of(header)] = header.box
         self.lease_end_s = now_s + self.lease_s
-        return list(self.block_ids[header.block_start : header.block_start + header.num_blocks])
 
     def close(self, header: PieceHeader, error: TransferError | None, now_s: float) -> None:
         """The piece is complete and its digest matched, or `error` says why it never will be."""
-        if self._closed_while_draining(header):
+        box = self._open.pop(name_of(header))
+        if self._drained():
             return
         if error is not None:
             self.end(State.FAILED, error.message)
             return
         self.lease_end_s = now_s + self.lease_s
         self.num_bytes += header.num_bytes
-        self._num_done += 1
+        self._num_shards = header.num_shards
+        self._done.add(name_of(header))
+        self._coverage.add(box)
         if header.is_last:
-            self._num_pieces = header.num_pieces
+            self._num_pieces[header.shard] = header.num_pieces
             self.first_token = header.first_token
-        if self._num_pieces and self._num_done == self._num_pieces:
+        if len(self._num_pieces) == self._num_shards and len(self._done) == sum(self._num_pieces.values()):
             self._finish(now_s)
 
     def reject(self, header: PieceHeader) -> None:
         """All bytes of the piece came and they are not what the header promised. The lease is not renewed."""
-        if self._closed_while_draining(header):
+        del self._open[name_of(header)]
+        self._num_rejected[name_of(header)] += 1
+        if self._drained():
             return
-        self._num_rejected[header.sequence] += 1
-        if self._num_rejected[header.sequence] == MAX_SENDS:
+        if self._num_rejected[name_of(header)] == MAX_SENDS:
             self.end(State.FAILED, f"piece {header.sequence} did not match its digest {MAX_SENDS} times")
-            return
-        self._taken.discard(header.sequence)
-        self._unclaim(header)
 
-    def _closed_while_draining(self, header: PieceHeader) -> bool:
-        self._open.discard(header.sequence)
+    def _drained(self) -> bool:
+        """True when the hand-over has ended before."""
         if self.state is not State.DRAINING:
             return False
         if not self._open:
@@ -140,49 +150,52 @@ class HandOver:
             raise TransferRefused(f"the hand-over of {self.request_id} is {self.state.name.lower()}")
         if header.epoch != self.epoch:
             raise TransferRefused(f"piece of epoch {header.epoch}, expected {self.epoch}")
-        if header.sequence in self._taken:
+        if name_of(header) in self._done or name_of(header) in self._open:
             raise TransferRefused(f"piece {header.sequence} came twice")
-        if not 0 <= header.layer_start <= header.layer_end <= self.layout.num_layers:
-            raise TransferRefused(f"layers {header.layer_start}-{header.layer_end} do not exist here")
-        if header.num_blocks and header.block_start < self.first_block:
-            raise TransferRefused(f"block {header.block_start} is held already, send from {self.first_block}")
-        if header.block_start + header.num_blocks > len(self.block_ids):
+        self._check_place(header)
+        self._check_count(header)
+
+    def _check_place(self, header: PieceHeader) -> None:
+        box, wanted = header.box, self._coverage.wanted
+        if not all(start <= end for start, end in zip(box[::2], box[1::2], strict=True)):
+            raise TransferRefused("a piece that ends before it begins")
+        if not 0 <= box.layer_start <= box.layer_end <= wanted.layer_end:
+            raise TransferRefused(f"layers {box.layer_start}-{box.layer_end} do not exist here")
+        if not wanted.head_start <= box.head_start <= box.head_end <= wanted.head_end:
+            raise TransferRefused(f"KV heads {box.head_start}-{box.head_end} are not held here")
+        if header.num_tokens and box.token_start < wanted.token_start:
+            raise TransferRefused(f"token {box.token_start} is held already, send from {wanted.token_start}")
+        if box.token_end > self.num_tokens:
+            raise TransferRefused(f"tokens up to {box.token_end} of a prompt of {self.num_tokens}")
+        token_bytes = self.layout.token_bytes(*box[2:], ELEMENT_BYTES[header.dtype])
+        if header.num_bytes != header.num_tokens * token_bytes:
             raise TransferRefused(
-                f"blocks up to {header.block_start + header.num_blocks} of {len(self.block_ids)} reserved ones"
+                f"piece of {header.num_bytes} bytes, its place holds {header.num_tokens * token_bytes}"
             )
-        expected = header.num_blocks * self.layout.group_bytes(header.layer_start, header.layer_end)
-        if header.num_bytes != expected:
-            raise TransferRefused(f"piece of {header.num_bytes} bytes, its place holds {expected}")
-        if self._num_pieces and (header.is_last or header.sequence >= self._num_pieces):
+        if any(map(box.overlaps, self._open.values())) or self._coverage.overlaps(box):
+            raise TransferRefused("two pieces claim the same tokens, layers and heads")
+
+    def _check_count(self, header: PieceHeader) -> None:
+        if not header.shard < header.num_shards <= MAX_SHARDS:
+            raise TransferRefused(f"shard {header.shard} of {header.num_shards}")
+        if self._num_shards not in (0, header.num_shards):
+            raise TransferRefused(f"a piece of {header.num_shards} shards, others were of {self._num_shards}")
+        num_pieces = self._num_pieces.get(header.shard)
+        if num_pieces is not None and (header.is_last or header.sequence >= num_pieces):
             raise TransferRefused("a piece after the last one")
         if header.is_last and header.first_token < 0:
             raise TransferRefused("the last piece carries no first token")
+        if header.is_last and self.first_token not in (-1, header.first_token):
+            raise TransferRefused("two shards say different first tokens")
+        seen = [sequence for shard, sequence in (*self._done, *self._open) if shard == header.shard]
         if header.is_last and (
-            header.sequence != header.num_pieces - 1 or max(self._taken, default=-1) >= header.num_pieces
+            header.sequence != header.num_pieces - 1 or max(seen, default=-1) >= header.num_pieces
         ):
             raise TransferRefused(f"piece {header.sequence} says it is the last of {header.num_pieces}")
 
-    def _claim(self, header: PieceHeader) -> None:
-        bits, indices = _place(header)
-        if any(self._filled.get(index, 0) & bits for index in indices):
-            raise TransferRefused("two pieces claim the same block and layer")
-        for index in indices:
-            self._filled[index] = self._filled.get(index, 0) | bits
-
-    def _unclaim(self, header: PieceHeader) -> None:
-        bits, indices = _place(header)
-        for index in indices:
-            self._filled[index] &= ~bits
-            if not self._filled[index]:
-                del self._filled[index]
-
     def _finish(self, now_s: float) -> None:
-        everything = (1 << self.layout.num_layers) - 1
-        missing = [
-            i for i in range(self.first_block, len(self.block_ids)) if self._filled.get(i) != everything
-        ]
-        if missing:
-            self.end(State.FAILED, f"all pieces came, but {len(missing)} blocks are incomplete")
+        if not self._coverage.is_complete:
+            self.end(State.FAILED, f"all pieces came, but only {self.share:.1%} of the KV")
             return
         self.closed_s = now_s
         self._move(State.VERIFIED)
@@ -218,15 +231,74 @@ class HandOver:
         return len(self._open)
 
     @property
-    def num_blocks_received(self) -> int:
-        return len(self._filled)
+    def share(self) -> float:
+        """Of what is to be sent, verified; 1.0 when nothing is to be sent."""
+        return self._coverage.share
 
     def _move(self, to: State) -> None:
         assert to in TRANSITIONS[self.state], f"{self.state} -> {to}"
         self.state = to
 
 
-def _place(header: PieceHeader) -> tuple[int, range]:
-    """A bit per layer, and the indices of the blocks."""
-    bits = (1 << header.layer_end) - (1 << header.layer_start)
-    return bits, range(header.block_start, header.block_start + header.num_blocks)
+def name_of(header: PieceHeader) -> Piece:
+    return header.shard, header.sequence
+
+
+class Departure(enum.Enum):
+    """States of `Sending`."""
+
+    OPEN = enum.auto()  # pieces leave, more will come
+    COMPLETE = enum.auto()  # the last piece left, some are not acknowledged
+    ENDED = enum.auto()  # failed or cancelled, but a transport may still read a piece
+    RELEASED = enum.auto()  # nobody reads the source blocks any more: they may go back
+
+
+@dataclass(slots=True)
+class Sending:
+    """The hand-over seen from the sender, who owns the source blocks.
+
+    OPEN --last piece leaves--> COMPLETE --all acknowledged--> RELEASED (succeeded)
+     |                             |
+     +------- end(reason) ---------+--> ENDED --no piece in flight--> RELEASED
+    """
+
+    state: Departure = Departure.OPEN
+    succeeded: bool = False
+    reason: str = ""  # why it ended early; the first one counts
+    num_left: int = 0  # pieces that left, repeats not counted
+    num_in_flight: int = 0
+    num_mismatches: int = 0
+
+    def depart(self, *, last: bool) -> int:
+        """A piece leaves; returns its sequence number."""
+        assert self.state is Departure.OPEN
+        self.num_left += 1
+        self.num_in_flight += 1
+        if last:
+            self.state = Departure.COMPLETE
+        return self.num_left - 1
+
+    def mismatch(self, num_sent: int) -> bool:
+        """The receiver got something else. True: send the piece again."""
+        self.num_mismatches += 1
+        return num_sent < MAX_SENDS and self.state in (Departure.OPEN, Departure.COMPLETE)
+
+    def settle(self, failure: str | None = None) -> None:
+        """A piece is acknowledged, or (`failure`) given up; no transport reads it any more."""
+        assert self.num_in_flight > 0
+        self.num_in_flight -= 1
+        if failure is not None:
+            self.end(failure)
+        self._release()
+
+    def end(self, reason: str) -> None:
+        """Failed, cancelled, expired: nothing leaves any more. Idempotent."""
+        if self.state in (Departure.OPEN, Departure.COMPLETE):
+            self.state, self.reason = Departure.ENDED, reason
+            self._release()
+
+    def _release(self) -> None:
+        if self.num_in_flight or self.state in (Departure.OPEN, Departure.RELEASED):
+            return
+        self.succeeded = self.state is Departure.COMPLETE
+        self.state = Departure.RELEASED
