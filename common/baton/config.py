@@ -127,6 +127,14 @@ class UpConfig(RouterConfig):
 
 
 @dataclass(frozen=True)
+class GenerateConfig:
+    """`baton generate`: one engine in its own process."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True)
 class LogConfig:
     level: Literal["debug", "info", "warning", "error"] = "info"  # the least severe records that are shown
     format: Literal["auto", "text", "json"] = "auto"  # auto: text on a terminal, JSON elsewhere

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from baton import __version__
-from baton.config import RouterConfig, UpConfig, WorkerConfig
+from baton.config import GenerateConfig, RouterConfig, UpConfig, WorkerConfig
 from baton.errors import BatonError, ConfigError
 from baton.messages import Role
 from baton_cli.flags import ADDRESS, ENGINE, INDEX, MODEL, ManyValuesCommand, overrides, settings_flags
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ROUTER_FLAGS = (*ADDRESS, "grpc_port", *MODEL, *INDEX, "workers", "max_num_requests")
 WORKER_FLAGS = (*ADDRESS, "advertise_host", "metrics_port", "worker_id", *MODEL, *ENGINE, *INDEX)
 ANY_WORKER_FLAGS = ("roles", *WORKER_FLAGS)
+GENERATE_FLAGS = (*MODEL, *(path for path in ENGINE if not path.startswith("transfer.")))
 UP_FLAGS = (*ADDRESS, *MODEL, "prefill", "decode", *ENGINE, *INDEX)
 
 ConfigFile = Annotated[
@@ -139,14 +140,49 @@ def _run_worker(
 
         settings = load(WorkerConfig, file=file, env=os.environ, overrides=given)
         _start_logging(settings.worker_id or "-".join(settings.roles), log_level, log_format, link)
-        # Read when torch is imported; too late afterwards.
-        os.environ.setdefault("OMP_NUM_THREADS", str(settings.engine.num_threads))
+        _set_threads(settings.engine.num_threads)
 
         from baton_cli.compose import run_worker
 
         return lambda stop, ready: run_worker(settings, stop=stop, ready=ready)
 
     raise typer.Exit(run(import_main, link))
+
+
+@app.command(cls=ManyValuesCommand)
+@settings_flags(GenerateConfig, GENERATE_FLAGS)
+def generate(
+    *,
+    requests: Annotated[
+        Path, typer.Argument(metavar="FILE.jsonl", help="Requests in OpenAI's batch format.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Default: FILE.out.jsonl beside the requests."),
+    ] = None,
+    config: ConfigFile = None,
+    log_level: LogLevel = None,
+    log_format: LogFormat = None,
+    **flags: Any,
+) -> None:
+    """Answer a file of requests in this process, without servers. The same command again goes on where the last one
+    was stopped. Exit code 1 when a request failed: its answer says why."""
+    from baton.settings import load
+
+    settings = load(GenerateConfig, file=config, env=os.environ, overrides=overrides(GENERATE_FLAGS, flags))
+    _start_logging("generate", log_level or "warning", log_format, SupervisorLink(None))
+    _set_threads(settings.engine.num_threads)
+
+    from baton_cli.generate import generate, output_path
+
+    answers = output or output_path(requests)
+    try:
+        summary = generate(settings, requests, answers)
+    except KeyboardInterrupt:
+        complain(f"stopped; what was answered is in {answers}, and the same command goes on from there")
+        raise typer.Exit(130) from None
+    typer.echo(f"{summary}; {answers}")
+    raise typer.Exit(0 if summary.all_ok else 1)
 
 
 @app.command()
@@ -228,6 +264,11 @@ def doctor(
 def version() -> None:
     """Print the version."""
     typer.echo(f"baton {__version__}")
+
+
+def _set_threads(number: int) -> None:
+    # Read when torch is imported; too late afterwards.
+    os.environ.setdefault("OMP_NUM_THREADS", str(number))
 
 
 def _log_config(level: str | None, log_format: str | None) -> "LogConfig":
