@@ -20,9 +20,9 @@ from transformers.utils import logging
 
 from baton.clock import SystemClock
 from baton.config import EngineConfig, ModelConfig
-from baton.engine.batch import Sequence
 from baton.engine.engine import Engine
 from baton.engine.model_runner import load_runner
+from baton.engine.sequence import Sequence
 from baton.errors import ConfigError
 from baton.model.loader import HAS_ENCODER, STATEFUL
 from baton.request import Request, RequestId, SamplingParams

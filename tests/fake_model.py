@@ -48,9 +48,11 @@ class FakeStorage:
 
 class FakeRunner:
     """`gate`, when set by a test, holds every step between its start and its writes; `failure` is raised by
-    the next step; `nan_requests` get no token."""
+    the next step; `nan_requests` get no token. `ahead`: every step takes long enough for the next to be prepared."""
 
-    def __init__(self, num_blocks: int, block_size: int, max_model_len: int = 10_000) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, max_model_len: int = 10_000, *, ahead: bool = True
+    ) -> None:
         self.storage = FakeStorage(num_blocks, block_size)
         self.vocab_size = VOCAB_SIZE
         self.max_model_len = max_model_len
@@ -60,30 +62,53 @@ class FakeRunner:
         self.failure: Exception | None = None
         self.nan_requests: set[RequestId] = set()
         self.batches: list[Batch] = []
+        self.num_ahead = 0  # batches that were given before the one before them had ended
+        self._ahead = ahead
+        self._drawn: list[int] = []  # by the batch before
+        self._turn = asyncio.Lock()  # a device does one thing after the other
 
     async def execute(self, batch: Batch) -> tuple[int, ...]:
         self.batches.append(batch)
-        self.started.set()
-        if self.gate is not None:
-            await self.gate.wait()
-        if self.failure is not None:
-            failure, self.failure = self.failure, None
-            raise failure
-        for copy in batch.copies:
-            self.storage.copy(*copy)
-        return tuple(token for row in batch.rows if (token := self._run(row)) is not None)
+        self.num_ahead += self._turn.locked()
+        async with self._turn:
+            self.started.set()
+            if self._ahead:
+                batch.prepare_next()
+                for _ in range(5):
+                    await asyncio.sleep(0)
+            if self.gate is not None:
+                await self.gate.wait()
+            drawn, self._drawn = self._drawn, []
+            if self.failure is not None:
+                failure, self.failure = self.failure, None
+                raise failure
+            for copy in batch.copies:
+                self.storage.copy(*copy)
+            self._drawn = [token for row in batch.rows if (token := self._run(row, drawn)) is not None]
+            return tuple(self._drawn)
 
     async def aclose(self) -> None:
         pass
 
-    def _run(self, row: BatchRow) -> int | None:
-        self.storage.write(row.block_table, row.start, row.token_ids)
+    def _run(self, row: BatchRow, drawn: list[int]) -> int | None:
+        self.storage.write(row.block_table, row.start, known_tokens(row, drawn))
         if not row.sample:
             return None
         if row.request_id in self.nan_requests:
             return -1
         context = self.storage.read(row.block_table, row.start + len(row.token_ids))
         return _next_token(context, row.sampling.seed or 0)
+
+
+def known_tokens(row: BatchRow, drawn: Sequence[int]) -> list[int]:
+    """With the tokens of the batch before in place of -1 - i; 0 where it drew none."""
+
+    def known(token: int) -> int:
+        if token >= 0:
+            return token
+        return max(0, drawn[-1 - token]) if -1 - token < len(drawn) else 0
+
+    return [known(token) for token in row.token_ids]
 
 
 def _next_token(context: bytes, seed: int) -> int:
@@ -101,9 +126,14 @@ def expected_tokens(prompt: Sequence[int], num_tokens: int, seed: int = 0) -> li
 
 
 def make_engine(
-    num_blocks: int = 64, block_size: int = 4, *, max_model_len: int = 10_000, **settings: int | bool
+    num_blocks: int = 64,
+    block_size: int = 4,
+    *,
+    max_model_len: int = 10_000,
+    ahead: bool = True,
+    **settings: int | bool,
 ) -> tuple[Engine, FakeRunner]:
-    runner = FakeRunner(num_blocks, block_size, max_model_len)
+    runner = FakeRunner(num_blocks, block_size, max_model_len, ahead=ahead)
     config = EngineConfig(**{"max_num_seqs": 16, "max_num_batched_tokens": 64, **settings})  # type: ignore[arg-type]
     return Engine(config, runner, SystemClock(), "fake"), runner
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from baton.engine.batch import Sequence
+from baton.engine.sequence import Sequence
 from baton.kv.cache_manager import KVCacheManager
 from baton.kv.layout import KVLayout, LayerLayout
 from baton.kv.storage import KVStorage

@@ -18,8 +18,8 @@ from fake_model import (
 
 from baton.clock import VirtualClock
 from baton.config import EngineConfig
-from baton.engine.batch import SequenceStatus
 from baton.engine.engine import Engine
+from baton.engine.sequence import SequenceStatus
 from baton.errors import BatonError, ConfigError, InvalidRequest, Overloaded, RequestTooLarge
 from baton.request import FinishReason, Request, RequestId, SamplingParams
 
@@ -239,7 +239,7 @@ async def test_activate_without_a_reservation_is_refused() -> None:
 
 
 async def test_abort_at_every_state_gives_all_blocks_back() -> None:
-    engine, _ = make_engine(num_blocks=16, max_num_batched_tokens=16)
+    engine, _ = make_engine(num_blocks=16, max_num_batched_tokens=16, ahead=False)
     reserved = make_request("reserved", range(5), 4)
     engine.reserve(reserved)
     engine.admit()
@@ -366,7 +366,7 @@ async def test_random_aborts_leak_nothing_and_change_no_other_answer() -> None:
 
 
 async def test_a_failing_step_ends_its_requests_and_not_the_engine() -> None:
-    engine, runner = make_engine()
+    engine, runner = make_engine(ahead=False)
     engine.add(make_request("a", range(6), 4))
     engine.add(make_request("b", range(9), 4), prefill_only=True)
     engine.add(make_request("c", range(9), 4))
@@ -496,7 +496,9 @@ def test_load_is_measured_on_the_clock() -> None:
             return await super().execute(batch)
 
     async def main() -> None:
-        engine = Engine(EngineConfig(max_num_batched_tokens=64), TimedRunner(64, 4), clock, "fake")
+        engine = Engine(
+            EngineConfig(max_num_batched_tokens=64), TimedRunner(64, 4, ahead=False), clock, "fake"
+        )
         assert engine.load().decode_step_s == engine.load().prefill_tokens_per_s == 0
         engine.add(make_request("a", range(100), 30))
         assert engine.load().num_waiting_tokens == 100

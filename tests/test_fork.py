@@ -166,7 +166,7 @@ async def test_the_source_of_a_copy_is_kept_until_the_step_that_makes_it_has_end
 
 
 async def test_a_cancelled_step_makes_its_copies_again() -> None:
-    engine, runner = make_engine(block_size=4)
+    engine, runner = make_engine(block_size=4, ahead=False)
     family = _family(range(6), 2)
     engine.add(family[0])
     collected = Collected()
@@ -188,7 +188,7 @@ async def test_a_cancelled_step_makes_its_copies_again() -> None:
 
 
 async def test_a_failed_step_gives_the_source_back() -> None:
-    engine, runner = make_engine(block_size=4)
+    engine, runner = make_engine(block_size=4, ahead=False)
     family = _family(range(6), 1)
     engine.add(family[0])
     await engine.step()

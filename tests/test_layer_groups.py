@@ -89,7 +89,7 @@ class _TellingRunner(FakeRunner):
 
 
 def telling_engine() -> tuple[Engine, _TellingRunner]:
-    runner = _TellingRunner(num_blocks=64, block_size=4)
+    runner = _TellingRunner(num_blocks=64, block_size=4, ahead=False)
     config = EngineConfig(max_num_seqs=16, max_num_batched_tokens=64)
     return Engine(config, runner, SystemClock(), "fake"), runner
 

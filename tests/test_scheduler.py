@@ -4,8 +4,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from baton.engine.batch import Sequence, SequenceStatus
 from baton.engine.scheduler import Scheduler
+from baton.engine.sequence import Sequence, SequenceStatus
 from baton.kv.cache_manager import KVCacheManager
 from baton.request import Request, RequestId
 
@@ -37,7 +37,7 @@ class Bench:
         self.admitted += [sequence.request_id for sequence in admitted]
         assert sum(row.num_tokens for row in rows) <= self.budget
         assert len({row.sequence.request_id for row in rows}) == len(rows)
-        for sequence, num_tokens in rows:
+        for sequence, _, num_tokens, _ in rows:
             assert sequence.status is SequenceStatus.RUNNING
             self.kv.commit(sequence, sequence.num_computed_tokens + num_tokens)
             if sequence.num_computed_tokens == len(sequence.token_ids):

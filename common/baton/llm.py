@@ -20,11 +20,11 @@ from typing import Any, Literal, Self, TypeAlias, cast
 from baton.chat_template import Message
 from baton.clock import SystemClock
 from baton.config import EngineConfig, ModelConfig
-from baton.engine.batch import Sequence as EngineSequence
 from baton.engine.batch import SequenceOutput
 from baton.engine.detokenizer import TextStream, TokenText
 from baton.engine.engine import Engine
 from baton.engine.model_runner import load_runner
+from baton.engine.sequence import Sequence as EngineSequence
 from baton.errors import ConfigError, InvalidRequest, RequestError
 from baton.model_files import TOKENIZER_FILES, WEIGHT_FILES, eos_token_ids, resolve_model
 from baton.progress import Progress

@@ -11,7 +11,7 @@ import hashlib
 import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from baton.clock import Clock, VirtualClock
 from baton.config import EngineConfig, RouterConfig, TransferConfig
@@ -105,8 +105,16 @@ class FakeModelRunner:
         self.grammars = None
         self._clock = clock
         self._speed = speed
+        self._drawn: tuple[int, ...] = ()  # by the batch before
+        self._turn = asyncio.Lock()  # a device does one thing after the other
 
     async def execute(self, batch: Batch) -> tuple[int, ...]:
+        async with self._turn:
+            drawn, self._drawn = self._drawn, ()
+            self._drawn = await self._execute(_resolved(batch, drawn))
+            return self._drawn
+
+    async def _execute(self, batch: Batch) -> tuple[int, ...]:
         """Layer by layer, and as long as each takes: whoever listens can send a layer while the next is computed."""
         speed, listener = self._speed, batch.listener
         num_prefill = sum(len(row.token_ids) for row in batch.rows if len(row.token_ids) > 1)
@@ -115,12 +123,15 @@ class FakeModelRunner:
         for copy in batch.copies:
             self.storage.copy(*copy)
         num_layers, start = self.storage.layout.num_layers, 0
-        for end in (*(listener.ends if listener else ()), num_layers):
+        late, told = num_layers * 3 // 4, listener.ends if listener else ()
+        for end in sorted({*told, late, num_layers}):
             await self._clock.sleep(step_s * (end - start) / num_layers)
             for row in batch.rows:
                 self._write(row, range(start, end))
-            if listener and end > start:
+            if listener and end in told:
                 listener.written(end)
+            if end == late:
+                batch.prepare_next()
             start = end
         return tuple(
             self.storage.next_token(row.block_table, row.start + len(row.token_ids))
@@ -135,6 +146,17 @@ class FakeModelRunner:
 
     async def aclose(self) -> None:
         pass
+
+
+def _resolved(batch: Batch, drawn: tuple[int, ...]) -> Batch:
+    """With the tokens of the batch before in place of -1 - i; 0 where it drew none."""
+
+    def known(token: int) -> int:
+        return token if token >= 0 else drawn[-1 - token] if -1 - token < len(drawn) else 0
+
+    return replace(
+        batch, rows=tuple(replace(row, token_ids=tuple(map(known, row.token_ids))) for row in batch.rows)
+    )
 
 
 @dataclass(frozen=True)

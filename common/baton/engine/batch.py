@@ -1,94 +1,33 @@
 """What one engine step computes, and the contract of whoever computes it. Torch-free."""
 
-import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from baton.engine.prompt_scores import PromptScores
 from baton.engine.sampling_state import Matcher, SamplingState
-from baton.kv.block import BlockCopy, BlockHash, num_blocks_for
+from baton.kv.block import BlockCopy
 from baton.kv.layout import BlockStorage
 from baton.request import (
     BlockId,
     FinishReason,
     Grammar,
     PromptLogprobs,
-    Request,
     RequestId,
     SamplingParams,
     TokenLogprobs,
 )
 
 
-class SequenceStatus(enum.Enum):
-    """WAITING -> RUNNING -> FINISHED; a reserved one: WAITING -> RESERVED -> RUNNING -> FINISHED.
-
-    Preemption takes RUNNING back to WAITING with nothing computed.
-    """
-
-    WAITING = enum.auto()
-    RESERVED = enum.auto()  # holds blocks, its KV is on the way from a prefill worker
-    RUNNING = enum.auto()
-    HELD = enum.auto()  # prefill only: done, but the blocks stay until the hand-over released them
-    FINISHED = enum.auto()
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """The engine's mutable state of one request. Only the engine writes it; everybody else reads.
-
-    token_ids = prompt, then generated tokens. KV exists for the first num_computed_tokens of them; block_table covers
-    at least these. A sequence may run when num_computed_tokens < len(token_ids).
-    """
-
-    request: Request
-    remote: bool = False  # KV of the prompt comes from a prefill worker
-    prefill_only: bool = False  # stop after the first token and hold the blocks
-    status: SequenceStatus = SequenceStatus.WAITING
-    token_ids: list[int] = field(default_factory=list)
-    num_computed_tokens: int = 0
-    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when admitted
-    block_table: list[BlockId] = field(default_factory=list)
-    block_hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks known so far
-    parent: "Sequence | None" = (
-        None  # until admitted: the one with the same prompt whose blocks it will share
-    )
-    block_copy: BlockCopy | None = (
-        None  # to be made before its next tokens are computed; the source is kept till then
-    )
-    sampling_state: SamplingState | None = None  # where its parameters need one
-    prompt_scores: PromptScores | None = None  # until they are told with the first token
-    finish_reason: FinishReason | None = None
-    in_flight: bool = (
-        False  # part of the step that runs now: its blocks must not be given back before it ends
-    )
-    abort_requested: bool = False
-    arrival_s: float = 0.0
-    admitted_s: float = 0.0
-
-    @property
-    def request_id(self) -> RequestId:
-        return self.request.request_id
-
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.request.num_prompt_tokens
-
-    @property
-    def finished(self) -> bool:
-        return self.finish_reason is not None
-
-    def prompt_blocks(self, block_size: int) -> list[BlockId]:
-        """Where the prompt's KV lies; the last block may be partly filled."""
-        return self.block_table[: num_blocks_for(self.request.num_prompt_tokens, block_size)]
-
-
 @dataclass(frozen=True, slots=True)
 class BatchRow:
     """Tokens [start, start + len(token_ids)) of one sequence: their KV is written, and with `sample` the token after
     the last of them is drawn. The KV of positions below `start` is there already. With `scores` all of these positions
-    are noted there that it has targets for."""
+    are noted there that it has targets for.
+
+    Where a step is prepared before the one before it has ended, its input may be a token that this one draws. It is
+    written as a negative number: -1 - i is the i-th token that the batch before draws.
+    """
 
     request_id: RequestId
     start: int
@@ -113,11 +52,16 @@ class LayerListener:
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Ragged: rows one after another, prompt chunks and single decode tokens in one step. `copies` are made before
-    anything is written; no destination is a source or comes twice."""
+    anything is written; no destination is a source or comes twice.
+
+    `prepare_next` may be called once, on the engine's loop, when it is time to prepare the next batch: early enough for
+    that to be ready when this one ends, late enough for it to hold what arrives meanwhile. A runner that does not
+    call it gets the next batch when this one has ended."""
 
     rows: tuple[BatchRow, ...]
     listener: LayerListener | None = None
     copies: tuple[BlockCopy, ...] = ()
+    prepare_next: Callable[[], None] = lambda: None
 
     @property
     def num_tokens(self) -> int:
@@ -131,7 +75,7 @@ class Grammars(Protocol):
 
 
 class ModelRunner(Protocol):
-    """Runs batches on one device. One at a time: the engine awaits `execute` before it calls it again."""
+    """Runs batches on one device, in the order of the calls. A batch may be given while the one before runs."""
 
     @property
     def storage(self) -> BlockStorage: ...
@@ -152,7 +96,8 @@ class ModelRunner(Protocol):
     async def execute(self, batch: Batch) -> tuple[int, ...]:
         """One token per row with `sample`, in row order; negative where there is none, because the logits are NaN or
         the request allows no token: that request fails, the others go on. Log probabilities go to the rows' states
-        and scores.
+        and scores. A row that waits for a token of the batch before computes anything when that failed or drew none:
+        the engine takes no notice of it.
         Must not be abandoned half-way: when the awaiting task is cancelled it still waits for the device, because
         the step writes to the pool."""
         ...

@@ -5,37 +5,28 @@
     activate  the KV has arrived, the sequence decodes from its first token on
     fork      one more answer to a prompt that is here already
     abort     the end of any of them, at any time; release is the end of a HELD one
-    step      schedule, run, process
+    step      schedule, run, process; the next one is prepared while the device is still busy with this one
 
 Blocks have one owner at any time, and go back when the last one who reads or writes them is done:
-- the running step: a sequence aborted while its step runs keeps its blocks until that step has ended;
+- the steps under way: a sequence that ends while a step has a row of it keeps its blocks until that step has ended;
 - the transfer: blocks of a RESERVED sequence are written, blocks of a prefill-only one are read from outside.
   Only `abort` or `release` give those back, and whoever calls them has stopped the transfer before.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from baton.clock import Clock
 from baton.config import EngineConfig
-from baton.engine.batch import (
-    Batch,
-    BatchRow,
-    LayerListener,
-    LayerProgress,
-    ModelRunner,
-    Sequence,
-    SequenceOutput,
-    SequenceStatus,
-    StepOutput,
-)
-from baton.engine.prompt_scores import PromptScores, check_prompt_scores
+from baton.engine.batch import LayerListener, LayerProgress, ModelRunner, SequenceOutput, StepOutput
+from baton.engine.intake import Intake
 from baton.engine.rates import StepRates
-from baton.engine.sampling_state import SamplingState, check_sampling, needs_state
-from baton.engine.scheduler import ScheduledRow, Scheduler
-from baton.errors import BatonError, ConfigError, InvalidRequest, Overloaded, RequestTooLarge
-from baton.kv.block import BlockCopy, BlockHash
+from baton.engine.scheduler import Scheduler
+from baton.engine.sequence import ScheduledRow, Sequence, SequenceStatus
+from baton.engine.steps import EndedStep, Steps
+from baton.errors import BatonError, ConfigError, InvalidRequest, Overloaded
+from baton.kv.block import BlockHash
 from baton.kv.cache_manager import KVCacheManager
 from baton.messages import Load
 from baton.request import FinishReason, PromptLogprobs, Request, RequestId, TokenLogprobs
@@ -60,7 +51,6 @@ class Engine:
             )
         storage = runner.storage
         self.work = asyncio.Event()
-        self.max_model_len = min(runner.max_model_len, storage.num_blocks * storage.layout.block_size)
         self._config = config
         self._runner = runner
         self._clock = clock
@@ -73,7 +63,12 @@ class Engine:
         self._scheduler = Scheduler(
             self._kv, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
         )
+        self._intake = Intake(runner)
+        self._steps = Steps(runner, clock)
         self._sequences: dict[RequestId, Sequence] = {}
+        self._granted: list[
+            RequestId
+        ] = []  # reservations that got their blocks; the next step's output tells
         self._rates = StepRates()
         self._layer_ends: tuple[int, ...] = ()
         self._on_layers: Callable[[LayerProgress], None] | None = None
@@ -94,17 +89,12 @@ class Engine:
         """Like `add`, for another answer to the prompt of `parent_id`, which may be in any state: the child waits
         for its prompt, wherever that is computed, then shares its blocks (copy on write) and draws tokens of its
         own from the first one on. When the parent has gone or goes before, the child is computed like any other."""
-        parent = self._sequences.get(parent_id)
-        if parent is not None and not _same_prompt(parent.request, request):
-            raise InvalidRequest(
-                f"request {request.request_id} is no fork of {parent_id}: the prompts differ"
-            )
-        self._enqueue(request, parent=parent)
+        self._enqueue(request, parent=self._sequences.get(parent_id))
 
     def admit(self) -> tuple[RequestId, ...]:
         """Grant the reservations at the head of the queue now, without a step. Returns those that got their
         blocks."""
-        return tuple(self._stamp(self._scheduler.admit_reservations()))
+        return tuple(self._stamped(self._scheduler.admit_reservations()))
 
     def activate(self, request_id: RequestId, first_token: int) -> FinishReason | None:
         """KV of the whole prompt is in the reserved blocks. Returns the reason if the first token is also the
@@ -125,18 +115,13 @@ class Engine:
         return sequence.finish_reason
 
     def abort(self, request_id: RequestId) -> None:
-        """The request is unknown from now on. Its blocks go back at once, or when the step it is part of has
+        """The request is unknown from now on. Its blocks go back at once, or when the steps it is part of have
         ended. Unknown requests are ignored."""
         sequence = self._sequences.get(request_id)
-        if sequence is None:
-            return
-        sequence.finish_reason = FinishReason.ABORT
-        sequence.abort_requested = True
-        if sequence.in_flight:
-            del self._sequences[request_id]  # its blocks go back when the step has ended, see `_execute`
-        else:
+        if sequence is not None:
+            sequence.finish_reason = FinishReason.ABORT
             self._drop(sequence)
-        self.work.set()
+            self.work.set()
 
     def release(self, request_id: RequestId) -> None:
         """The hand-over of a HELD sequence is done. Its blocks go back and stay as cached prefix."""
@@ -153,22 +138,32 @@ class Engine:
         return self.work.is_set()
 
     async def step(self) -> StepOutput:
-        """One batch. When the runner raises, all sequences of the batch fail; the engine goes on. When
-        cancelled, the step has had no effect, and the sequences stay as they were."""
-        rows, admitted = self._scheduler.schedule()
-        granted = self._stamp(admitted)
-        if not rows:
+        """Waits for one batch to end. When the runner raises, all sequences of the batch fail; the engine goes on.
+        When cancelled, what was under way has had no effect, and the sequences are as they were."""
+        if not self._steps.are_under_way and not self._launch():
             self.work.clear()
-            return StepOutput((), tuple(granted), 0, 0.0)
-        batch = Batch(tuple(map(_batch_row, rows)), self._layer_listener(rows), _copies(rows))
-        started_s = self._clock.now()
-        tokens, error = await self._execute(rows, batch)
-        seconds = self._clock.now() - started_s
-        outputs = tuple(self._process(rows, batch, tokens, error))
-        num_decode = sum(row.num_tokens == 1 for row in rows)
-        self._rates.note(num_decode, batch.num_tokens - num_decode, seconds)
-        granted.extend(self.admit())  # into the blocks that this step gave back
-        return StepOutput(outputs, tuple(granted), batch.num_tokens, seconds)
+            return StepOutput((), self._take_granted(), 0, 0.0)
+        try:
+            if await self._steps.first_nears_its_end():
+                self._launch()
+            ended = await self._steps.first_ends()
+        except asyncio.CancelledError:
+            self._scheduler.ended(await self._steps.retract())
+            raise
+        outputs = tuple(self._process(ended))
+        return StepOutput(outputs, self._take_granted(), ended.num_tokens, ended.seconds)
+
+    def _launch(self) -> bool:
+        rows, admitted = self._scheduler.schedule(ahead=self._steps.are_under_way)
+        self._granted.extend(self._stamped(admitted))
+        if rows:
+            self._steps.launch(rows, self._layer_listener(rows))
+        return bool(rows)
+
+    def _take_granted(self) -> tuple[RequestId, ...]:
+        """Since the last step, and those that fit in now that it has given blocks back."""
+        taken, self._granted = (*self._granted, *self.admit()), []
+        return taken
 
     def listen_to_layers(
         self, ends: tuple[int, ...], listener: Callable[[LayerProgress], None] | None
@@ -203,6 +198,10 @@ class Engine:
         return self._kv.owners()
 
     @property
+    def max_model_len(self) -> int:
+        return self._intake.max_model_len
+
+    @property
     def num_used_blocks(self) -> int:
         return self._kv.num_used_blocks
 
@@ -220,11 +219,12 @@ class Engine:
         return self._scheduler.num_preemptions
 
     def check_integrity(self) -> None:
-        """Raises AssertionError. Between steps only."""
+        """Raises AssertionError."""
         self._kv.check_integrity()
         self._scheduler.check_integrity()
-        assert not any(sequence.in_flight for sequence in self._sequences.values())
-        if not self._sequences:
+        if not self._steps.are_under_way:
+            assert not any(sequence.num_steps_in_flight for sequence in self._kv.owners())
+        if not self._sequences and not self._steps.are_under_way:
             assert self._kv.num_used_blocks == 0 and not self._scheduler.has_work
 
     # --- a sequence's way through ---
@@ -237,54 +237,22 @@ class Engine:
         prefill_only: bool = False,
         parent: Sequence | None = None,
     ) -> None:
-        self._check(request)
-        sequence = Sequence(
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"request {request.request_id} is here already", param="request_id")
+        if len(self._scheduler.waiting) >= self._config.max_num_waiting:
+            raise Overloaded(
+                f"{len(self._scheduler.waiting)} requests are waiting already", retry_after_s=self._queue_s()
+            )
+        sequence = self._intake.sequence(
             request,
             remote=remote,
             prefill_only=prefill_only,
             parent=parent,
-            token_ids=list(request.prompt_token_ids),
-            sampling_state=self._sampling_state(request),
-            prompt_scores=None if remote else _prompt_scores(request),
             arrival_s=self._clock.now(),
         )
         self._sequences[request.request_id] = sequence
         self._scheduler.add(sequence)
         self.work.set()
-
-    def _check(self, request: Request) -> None:
-        prompt = request.prompt_token_ids
-        if request.request_id in self._sequences:
-            raise InvalidRequest(f"request {request.request_id} is here already", param="request_id")
-        if not prompt:
-            raise InvalidRequest("the prompt is empty", param="prompt")
-        if min(prompt) < 0 or max(prompt) >= self._runner.vocab_size:
-            wrong = next(token for token in prompt if not 0 <= token < self._runner.vocab_size)
-            raise InvalidRequest(
-                f"token id {wrong} is not in the vocabulary of {self._runner.vocab_size} tokens",
-                param="prompt",
-            )
-        if len(prompt) >= self.max_model_len:
-            raise RequestTooLarge(
-                f"the prompt has {len(prompt)} tokens; with at least one for the answer, this worker takes "
-                f"{self.max_model_len}",
-                param="prompt",
-            )
-        check_sampling(request.sampling, self._runner.vocab_size)
-        check_prompt_scores(request.sampling, len(prompt))
-        if len(self._scheduler.waiting) >= self._config.max_num_waiting:
-            raise Overloaded(
-                f"{len(self._scheduler.waiting)} requests are waiting already", retry_after_s=self._queue_s()
-            )
-
-    def _sampling_state(self, request: Request) -> SamplingState | None:
-        if not needs_state(request.sampling):
-            return None
-        grammar, grammars = request.sampling.grammar, self._runner.grammars
-        if grammar is not None and grammars is None:
-            raise InvalidRequest("this worker has no grammars", param="grammar")
-        matcher = None if grammar is None or grammars is None else grammars.matcher(grammar)
-        return SamplingState(request, self._runner.vocab_size, matcher)
 
     def _queue_s(self) -> float:
         load = self.load()
@@ -292,58 +260,45 @@ class Engine:
             return 1.0
         return max(1.0, load.num_waiting_tokens / load.prefill_tokens_per_s)
 
-    def _stamp(self, admitted: list[Sequence]) -> list[RequestId]:
+    def _stamped(self, admitted: Iterable[Sequence]) -> list[RequestId]:
         """The time of admission; the ids of those that wait for their KV now."""
+        admitted = list(admitted)
         for sequence in admitted:
             sequence.admitted_s = self._clock.now()
         return [sequence.request_id for sequence in admitted if sequence.remote]
 
-    async def _execute(
-        self, rows: list[ScheduledRow], batch: Batch
-    ) -> tuple[tuple[int, ...], Exception | None]:
-        for sequence, _ in rows:
-            sequence.in_flight = True
-        try:
-            return await self._runner.execute(batch), None
-        except Exception as error:
-            _log.exception("a step of %d sequences failed", len(rows))
-            return (), error
-        finally:
-            # However the step ended, nothing writes to the blocks of its sequences any more.
-            for sequence, _ in rows:
-                sequence.in_flight = False
-                if sequence.abort_requested:
-                    self._scheduler.remove(sequence)
-
-    def _layer_listener(self, rows: list[ScheduledRow]) -> LayerListener | None:
-        handed_over = [row for row in rows if row.sequence.prefill_only]
+    def _layer_listener(self, rows: Iterable[ScheduledRow]) -> LayerListener | None:
+        handed_over = [(row, tuple(row.sequence.block_table)) for row in rows if row.sequence.prefill_only]
         tell = self._on_layers
         if tell is None or not self._layer_ends or not handed_over:
             return None
 
         def written(num_layers: int) -> None:
-            for sequence, num_tokens in handed_over:
+            for row, block_table in handed_over:
                 # An aborted request's name may be in use again.
-                if not sequence.abort_requested:
-                    end, table = sequence.num_computed_tokens + num_tokens, tuple(sequence.block_table)
-                    tell(LayerProgress(sequence.request_id, end, num_layers, table))
+                if not row.sequence.finished:
+                    tell(LayerProgress(row.sequence.request_id, row.end, num_layers, block_table))
 
         return LayerListener(self._layer_ends, written)
 
-    def _process(
-        self, rows: list[ScheduledRow], batch: Batch, tokens: tuple[int, ...], error: Exception | None
-    ) -> Iterator[SequenceOutput]:
-        drawn = iter(tokens)
-        for (sequence, num_tokens), batch_row in zip(rows, batch.rows, strict=True):
-            token = next(drawn) if batch_row.sample and error is None else None
-            if sequence.abort_requested:
+    def _process(self, step: EndedStep) -> Iterator[SequenceOutput]:
+        """Rows of sequences that ended meanwhile were for nothing."""
+        self._scheduler.ended(row.sequence for row in step.rows)
+        if step.error is not None:
+            _log.error("a step of %d sequences failed", len(step.rows), exc_info=step.error)
+        num_decode = sum(row.num_tokens == 1 for row in step.rows)
+        self._rates.note(num_decode, step.num_tokens - num_decode, step.seconds)
+        drawn = iter(step.tokens)
+        for row in step.rows:
+            token = next(drawn) if row.sample and step.error is None else None
+            if row.sequence.finished:
                 continue
-            if error is not None:
-                yield self._fail(sequence, f"{type(error).__name__}: {error}")
+            if step.error is not None:
+                yield self._fail(row.sequence, f"{type(step.error).__name__}: {step.error}")
             elif token is not None and token < 0:
-                yield self._fail(sequence, _NO_TOKEN[token])
+                yield self._fail(row.sequence, _NO_TOKEN[token])
             else:
-                yield self._advance_or_fail(sequence, num_tokens, token)
+                yield self._advance_or_fail(row.sequence, row.num_tokens, token)
 
     def _advance_or_fail(self, sequence: Sequence, num_tokens: int, token: int | None) -> SequenceOutput:
         try:
@@ -379,9 +334,7 @@ class Engine:
             state.append(token)
         if token in request.stop_ids or (state is not None and state.has_ended):
             sequence.finish_reason = FinishReason.STOP
-        elif len(sequence.token_ids) >= min(
-            self.max_model_len, request.num_prompt_tokens + request.sampling.max_tokens
-        ):
+        elif len(sequence.token_ids) >= sequence.max_num_tokens:
             sequence.finish_reason = FinishReason.LENGTH
 
     def _fail(self, sequence: Sequence, error: str) -> SequenceOutput:
@@ -405,37 +358,9 @@ class Engine:
         self._scheduler.remove(sequence)
 
 
-def _same_prompt(a: Request, b: Request) -> bool:
-    return a.prompt_token_ids == b.prompt_token_ids and a.cache_salt == b.cache_salt
-
-
-def _copies(rows: list[ScheduledRow]) -> tuple[BlockCopy, ...]:
-    return tuple(s.block_copy for s, _ in rows if s.block_copy is not None)
-
-
-def _batch_row(row: ScheduledRow) -> BatchRow:
-    sequence = row.sequence
-    start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + row.num_tokens
-    return BatchRow(
-        sequence.request_id,
-        start,
-        tuple(sequence.token_ids[start:end]),
-        tuple(sequence.block_table),
-        end == len(sequence.token_ids),
-        sequence.request.sampling,
-        sequence.sampling_state,
-        sequence.prompt_scores,
-    )
-
-
 def _logprobs(sequence: Sequence) -> tuple[TokenLogprobs, ...]:
     state = sequence.sampling_state
     return () if state is None or state.logprobs is None else (state.logprobs,)
-
-
-def _prompt_scores(request: Request) -> PromptScores | None:
-    wanted = request.sampling.prompt_logprobs
-    return None if wanted is None else PromptScores(request.prompt_token_ids, wanted)
 
 
 def _take_prompt_logprobs(sequence: Sequence) -> PromptLogprobs | None:

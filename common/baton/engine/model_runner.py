@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from baton.config import EngineConfig, ModelConfig
-from baton.engine.batch import Batch, BatchRow, LayerListener
+from baton.engine.batch import Batch, BatchRow
 from baton.engine.sampler import sample
 from baton.engine.scoring import Scored, score
 from baton.engine.structured import Grammars
@@ -70,6 +70,7 @@ class TorchModelRunner:
             exact.prove(self._model, self._layers, storage.data, storage.layout.block_size)
         # On other devices a layer's KV is written some time after the call that asks for it.
         self._tells_layers = storage.data.device.type == "cpu"
+        self._drawn: Tensor | None = None  # by the batch before; stays on the device
         # The number of OpenMP threads is a property of the thread that starts them.
         self._thread = ThreadPoolExecutor(1, "baton-model", torch.set_num_threads, (num_threads,))
 
@@ -79,7 +80,9 @@ class TorchModelRunner:
 
     async def execute(self, batch: Batch) -> tuple[int, ...]:
         loop = asyncio.get_running_loop()
-        on_written = _in_order(batch.listener, loop) if batch.listener and self._tells_layers else None
+        on_written = _Progress(batch, loop, len(self._layers)).on_written if self._tells_layers else None
+        if on_written is None:
+            batch.prepare_next()
         running = loop.run_in_executor(self._thread, self._run, batch, on_written)
         try:
             return await asyncio.shield(running)
@@ -99,7 +102,7 @@ class TorchModelRunner:
         if batch.copies:
             sources, destinations = map(list, zip(*batch.copies, strict=True))
             self._storage.data[destinations] = self._storage.data[sources]
-        inputs = self._prepare(batch)
+        inputs, self._drawn = self._prepare(batch), None
         inputs.paged.on_written = on_written
         logits = self._forward(inputs)
         if inputs.scored:
@@ -107,7 +110,9 @@ class TorchModelRunner:
             logits = logits[: len(inputs.sampled)]
         rows = [batch.rows[i] for i in inputs.sampled]
         drawn = dict(zip(inputs.sampled, self._draw(logits, rows), strict=True))
-        return tuple(drawn[i] for i, row in enumerate(batch.rows) if row.sample)
+        in_order = tuple(drawn[i] for i, row in enumerate(batch.rows) if row.sample)
+        self._drawn = torch.tensor(in_order, dtype=torch.int64, device=self._storage.data.device)
+        return in_order
 
     def _forward(self, inputs: _Inputs) -> Tensor:
         """Logits of `inputs.wanted`, [len(wanted), V]."""
@@ -156,7 +161,14 @@ class TorchModelRunner:
         wanted = torch.tensor(
             [index for _, index in last] + positions_scored, dtype=torch.int64, device=device
         )
-        return _Inputs(on_device[:1], on_device[1:2], paged, [i for i, _ in last], scored, wanted)
+        input_ids = self._known(on_device[:1]) if min(token_ids) < 0 else on_device[:1]
+        return _Inputs(input_ids, on_device[1:2], paged, [i for i, _ in last], scored, wanted)
+
+    def _known(self, token_ids: Tensor) -> Tensor:
+        """With the tokens of the batch before in place of -1 - i; anything where it drew none."""
+        drawn = torch.zeros(1, dtype=torch.int64) if self._drawn is None else self._drawn.clamp(min=0)
+        index = (-1 - token_ids).clamp(min=0, max=len(drawn) - 1)
+        return torch.where(token_ids < 0, drawn.to(token_ids.device)[index], token_ids)
 
 
 def _scored(rows: list[BatchRow], ends: list[int]) -> tuple[list[Scored], list[int]]:
@@ -171,19 +183,25 @@ def _scored(rows: list[BatchRow], ends: list[int]) -> tuple[list[Scored], list[i
     return scored, indices
 
 
-def _in_order(listener: LayerListener, loop: asyncio.AbstractEventLoop) -> Callable[[int], None]:
-    """To be called in the model's thread with each layer's index. A layer out of order and all after it are left to
-    the end of the step."""
-    ends, num_written = frozenset(listener.ends), 0
+class _Progress:
+    """How far a batch is. `on_written` is called in the model's thread with each layer's index; a layer out of order
+    and all after it are left to the end of the step."""
 
-    def on_written(layer: int) -> None:
-        nonlocal num_written
-        if layer == num_written:
-            num_written += 1
-            if num_written in ends:
-                loop.call_soon_threadsafe(listener.written, num_written)
+    def __init__(self, batch: Batch, loop: asyncio.AbstractEventLoop, num_layers: int) -> None:
+        self._batch = batch
+        self._loop = loop
+        self._ends = frozenset(batch.listener.ends if batch.listener else ())
+        self._late = max(1, num_layers * 3 // 4)  # the host needs about a millisecond for the next batch
+        self._num_written = 0
 
-    return on_written
+    def on_written(self, layer: int) -> None:
+        if layer != self._num_written:
+            return
+        self._num_written += 1
+        if self._num_written in self._ends and self._batch.listener:
+            self._loop.call_soon_threadsafe(self._batch.listener.written, self._num_written)
+        if self._num_written == self._late:
+            self._loop.call_soon_threadsafe(self._batch.prepare_next)
 
 
 class LoadedModel(NamedTuple):

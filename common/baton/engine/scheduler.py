@@ -13,6 +13,10 @@ prompt delays them by no more than the token budget. What is left of the budget 
 strictly first come first served, local sequences and reservations alike: nothing overtakes a big request, so
 nothing starves. Only a fork is passed over, as long as its parent's prompt is under way.
 
+One step ahead. A step may be asked for while the one before it runs; then sequences are taken as they will be when
+that has ended. Nobody is preempted for such a step: their blocks are in use. When one would have to be, there is no
+such step, and the next is scheduled when the running one has ended.
+
 Blocks. A sequence is admitted with blocks for all its tokens and the next one, or not at all; only decoding
 asks for more. When none is left the sequence admitted last gives its blocks back and returns to the front of
 the queue; it keeps its tokens and computes them again. A prefill-only sequence is never chosen: its blocks
@@ -20,15 +24,11 @@ may be on the wire.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from baton.engine.batch import Sequence, SequenceStatus
+from baton.engine.sequence import ScheduledRow, Sequence, SequenceStatus
 from baton.kv.cache_manager import KVCacheManager
-
-
-class ScheduledRow(NamedTuple):
-    sequence: Sequence
-    num_tokens: int
 
 
 class Schedule(NamedTuple):
@@ -59,8 +59,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def schedule(self) -> Schedule:
-        """Copies of blocks that the rows' sequences ask for have to be made before their tokens are computed."""
+    def schedule(self, *, ahead: bool = False) -> Schedule:
+        """`ahead`: a step is running."""
         budget = self._max_num_batched_tokens
         rows: list[ScheduledRow] = []
 
@@ -68,10 +68,14 @@ class Scheduler:
         for sequence in sorted(self.running, key=_computes_prompt):
             if sequence.status is not SequenceStatus.RUNNING:
                 continue  # preempted by one before it
-            num_tokens = min(_num_remaining(sequence), budget)
-            if num_tokens and self._make_room(sequence, num_tokens):
-                rows.append(ScheduledRow(sequence, num_tokens))
-                budget -= num_tokens
+            row = _row(sequence, budget)
+            if not row.num_tokens:
+                continue
+            if self._make_room(sequence, row.end, may_preempt=not ahead):
+                rows.append(row)
+                budget -= row.num_tokens
+            elif ahead:
+                return Schedule([], [])
 
         # 2. The waiting queue. One that had to give way above is at its head and cannot have room again already.
         admitted: list[Sequence] = []
@@ -80,9 +84,8 @@ class Scheduler:
                 break
             admitted.append(sequence)
             if not sequence.remote:
-                num_tokens = min(_num_remaining(sequence), budget)
-                rows.append(ScheduledRow(sequence, num_tokens))
-                budget -= num_tokens
+                rows.append(row := _row(sequence, budget))
+                budget -= row.num_tokens
         return Schedule(rows, admitted)
 
     def admit_reservations(self) -> list[Sequence]:
@@ -106,7 +109,7 @@ class Scheduler:
         sequence.status = SequenceStatus.HELD
 
     def remove(self, sequence: Sequence) -> None:
-        """Out of whatever queue it is in; its blocks go back."""
+        """Out of whatever queue it is in; its blocks go back, now or when the steps that write to them have ended."""
         match sequence.status:
             case SequenceStatus.WAITING:
                 self.waiting.remove(sequence)
@@ -115,7 +118,13 @@ class Scheduler:
             case SequenceStatus.RUNNING:
                 self.running.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
-        self._kv.free(sequence)
+        self.ended((sequence,))
+
+    def ended(self, sequences: Iterable[Sequence]) -> None:
+        """A step that had rows of them has ended."""
+        for sequence in sequences:
+            if sequence.status is SequenceStatus.FINISHED and not sequence.num_steps_in_flight:
+                self._kv.free(sequence)
 
     def check_integrity(self) -> None:
         """Raises AssertionError."""
@@ -163,9 +172,11 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         self.running.append(sequence)
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """False: it was itself the one to give way."""
-        while not self._kv.allocate(sequence, sequence.num_computed_tokens + num_tokens):
+    def _make_room(self, sequence: Sequence, num_tokens: int, *, may_preempt: bool) -> bool:
+        """False: there is none, or it was itself the one to give way."""
+        while not self._kv.allocate(sequence, num_tokens):
+            if not may_preempt:
+                return False
             victim = next(s for s in reversed(self.running) if not s.prefill_only)
             self._preempt(victim)
             if victim is sequence:
@@ -181,9 +192,11 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
 
-def _num_remaining(sequence: Sequence) -> int:
-    return len(sequence.token_ids) - sequence.num_computed_tokens
+def _row(sequence: Sequence, budget: int) -> ScheduledRow:
+    start, num_ready = sequence.next_start, sequence.num_ready_tokens
+    num_tokens = min(num_ready, budget)
+    return ScheduledRow(sequence, start, num_tokens, num_tokens == num_ready)
 
 
 def _computes_prompt(sequence: Sequence) -> bool:
-    return _num_remaining(sequence) > 1
+    return sequence.num_ready_tokens > 1

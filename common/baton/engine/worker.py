@@ -12,8 +12,9 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 
 from baton.clock import Clock
-from baton.engine.batch import Sequence, SequenceStatus, StepOutput
+from baton.engine.batch import StepOutput
 from baton.engine.engine import Engine
+from baton.engine.sequence import Sequence, SequenceStatus
 from baton.errors import Unavailable
 from baton.events import Emit
 from baton.index.base import PrefixIndex

@@ -12,7 +12,7 @@ copied by the next step; until then the sibling's block is kept, whatever become
 from collections import Counter
 from collections.abc import Iterator
 
-from baton.engine.batch import Sequence
+from baton.engine.sequence import Sequence
 from baton.kv.block import BlockCopy, BlockHash, extend_hashes, num_blocks_for, root_hash
 from baton.kv.block_pool import BlockPool
 from baton.request import BlockId
