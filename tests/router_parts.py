@@ -176,6 +176,9 @@ class ScriptedFleet:
             if Role.PREFILL in p.roles and Role.DECODE in d.roles and p.fingerprint == d.fingerprint
         ]
 
+    def transport(self, prefill: WorkerId, decode: WorkerId) -> str | None:
+        return "tcp"
+
     def unproven_pairs(self) -> dict[tuple[WorkerId, WorkerId], str]:
         return self.unproven
 

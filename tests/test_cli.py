@@ -148,7 +148,7 @@ def test_a_port_in_use_is_one_line_and_starts_nothing(some_model: ModelConfig) -
         (("up", "--model", "./nowhere"), "model directory nowhere does not exist"),
         (("up", "--model", "."), ". holds no Hugging Face model: config.json is missing"),
         (("up", "--block-size", "24"), "--block-size: must be a power of two, got 24"),
-        (("up", "--transport", "rdma"), "--transport: must be 'auto', 'ucx' or 'tcp', got 'rdma'"),
+        (("up", "--transport", "rdma"), "--transport: must be 'auto', 'shm', 'ucx' or 'tcp', got 'rdma'"),
         (("up", "--decode", "0"), "--decode: must be greater than or equal to 1, got 0"),
         (("up", "--config", "no.yaml"), "cannot read the config file no.yaml: No such file or directory"),
         (

@@ -114,7 +114,10 @@ def test_one_file_and_environment_serve_all_components(tmp_path: Path) -> None:
         ("engine: {max_num_seqs: -1}", "engine.max_num_seqs: must be greater than or equal to 1, got -1"),
         ("port: 70000", "port: must be less than or equal to 65535, got 70000"),
         ("transfer: {lease_s: .nan}", "transfer.lease_s: must be"),
-        ("transfer: {transport: rdma}", "transfer.transport: must be 'auto', 'ucx' or 'tcp', got 'rdma'"),
+        (
+            "transfer: {transport: rdma}",
+            "transfer.transport: must be 'auto', 'shm', 'ucx' or 'tcp', got 'rdma'",
+        ),
         ("roles: [cook]", "roles: must be 'prefill' or 'decode', got ['cook']"),
         ("roles: []", "roles: at least one of prefill, decode"),
         ("model: {served_model_name: a}", "model.served_model_name: must be a valid"),

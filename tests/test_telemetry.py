@@ -87,8 +87,8 @@ def test_worker_metrics_read_as_they_were_set() -> None:
     metrics.observe_transfer(TransferReport("received", "ok", 0.2, 4096, num_mismatches=1))
     metrics.observe_transfer(TransferReport("sent", "ok", 0.3, 100, num_mismatches=0, exposed_s=0.05))
     metrics.observe_transfer(TransferReport("sent", "failed", 0.4, 10, num_mismatches=3))
-    metrics.set_transport("ucx")
-    metrics.set_transport("tcp")
+    metrics.set_transports(["ucx"])
+    metrics.set_transports(["tcp"])
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(name, labels)
@@ -112,7 +112,7 @@ def test_worker_metrics_read_as_they_were_set() -> None:
 
 async def test_metrics_are_served_until_the_block_ends() -> None:
     registry = CollectorRegistry()
-    WorkerMetrics(registry).set_transport("tcp")
+    WorkerMetrics(registry).set_transports(["tcp"])
     async with serve_metrics("127.0.0.1", 0, registry) as port, httpx.AsyncClient() as client:
         url = f"http://127.0.0.1:{port}/metrics"
         assert 'baton_transport_info{transport="tcp"} 1.0' in (await client.get(url)).text

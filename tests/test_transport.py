@@ -27,11 +27,13 @@ from baton.errors import ConfigError, TransferError, TransferRefused
 from baton.request import RequestId
 from baton.transfer import framing
 from baton.transfer.base import MAX_IN_FLIGHT, Connection, Transport
+from baton.transfer.best_of import BestOf
 from baton.transfer.choose import available, make_transport
 from baton.transfer.inproc import Faults, InprocNetwork, InprocTransport
 from baton.transfer.shm import ShmTransport, boot_id, make_ring
 from baton.transfer.tcp import TcpTransport
 from baton.transfer.ucx import UcxTransport
+from baton.transfer.ucx_library import _lanes
 from baton.transfer.vector import Vector
 from baton.transfer.wire import PieceHeader
 
@@ -1056,17 +1058,45 @@ def give(sock: socket.socket, fd: int, num_slots: int) -> None:
 
 class TestChoice:
     def test_names(self) -> None:
-        assert available() == (["ucx", "tcp"] if HAS_UCX else ["tcp"])
-        assert make_transport("tcp", SystemClock(), "127.0.0.1").name == "tcp"
-        assert make_transport("auto", SystemClock(), "127.0.0.1").name == available()[0]
-        with pytest.raises(ConfigError, match="choose auto, ucx or tcp"):
+        assert available() == (["shm", "ucx", "tcp"] if HAS_UCX else ["shm", "tcp"])
+        for name in available():
+            assert make_transport(name, SystemClock(), "127.0.0.1").name == name
+        assert make_transport("auto", SystemClock(), "127.0.0.1").names == ("shm", "tcp")
+        with pytest.raises(ConfigError, match="choose auto, shm, ucx or tcp"):
             make_transport("rdma", SystemClock(), "127.0.0.1")
+
+    @pytest.mark.parametrize("installed", [True, False])
+    def test_who_has_rdma_expects_it_and_is_told_why_not(
+        self,
+        installed: bool,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        (tmp_path / "mlx5_0").touch()
+        monkeypatch.setattr("baton.transfer.choose._RDMA_DEVICES", tmp_path)
+        if not installed:
+            for library in ("ucxx", "ucp", "ucp._libs.ucx_api"):
+                monkeypatch.setitem(sys.modules, library, None)
+        elif not HAS_UCX:
+            pytest.skip("neither ucxx nor ucx-py is installed")
+        assert make_transport("auto", SystemClock(), "127.0.0.1").names == ("shm", "tcp")
+        (record,) = caplog.records
+        assert (record.levelname, record.message) == ("WARNING", "this host has RDMA, but KV goes over TCP")
+        assert ("built without RDMA" if installed else "pip install") in record.fields["why"]  # type: ignore[attr-defined]
+
+    @ucx_only
+    def test_ucx_says_what_it_could_use(self) -> None:
+        assert not UcxTransport(SystemClock()).has_fast_network
+        lines = (
+            "# resource 0 : md 0 dev 0 -- self/memory\n# resource 1 : md 1 dev 1 flags -- rc_mlx5/mlx5_0:1"
+        )
+        assert _lanes(lines) == {"self", "rc_mlx5"}
 
     def test_without_ucx(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for library in ("ucxx", "ucp", "ucp._libs.ucx_api"):
             monkeypatch.setitem(sys.modules, library, None)
-        assert available() == ["tcp"]
-        assert make_transport("auto", SystemClock(), "127.0.0.1").name == "tcp"
+        assert available() == ["shm", "tcp"]
         with pytest.raises(ConfigError, match=r"pip install 'baton-llm\[ucx\]'") as caught:
             make_transport("ucx", SystemClock(), "127.0.0.1")
         assert "\n" not in caught.value.message
@@ -1104,6 +1134,88 @@ def test_vectors_copy_every_byte_once(
         seen += head[:num_bytes]
     assert seen == data
     assert b"".join(buffers)[: len(data)] == data
+
+
+class TestBestOf:
+    """A receiver listens on several transports; the sender takes the best that gets through, and says so."""
+
+    @staticmethod
+    @contextlib.asynccontextmanager
+    async def receiver_and_sender(
+        theirs: Sequence[str] = ("shm", "tcp"), ours: Sequence[str] = ("shm", "tcp")
+    ) -> AsyncIterator[tuple[str, Transport]]:
+        clock = SystemClock()
+        makers = {"shm": ShmTransport, "tcp": TcpTransport}
+        receiver, sender = (
+            BestOf(clock, [makers[name](clock) for name in names]) for names in (theirs, ours)
+        )
+        try:
+            yield await receiver.listen(Sink()), sender
+        finally:
+            await sender.aclose()
+            await receiver.aclose()
+
+    @staticmethod
+    def news(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, Any]]]:
+        records = [record for record in caplog.records if record.name == "baton.transfer.best_of"]
+        return [(record.levelname, record.fields) for record in records]  # type: ignore[attr-defined]
+
+    async def test_shared_memory_on_one_host(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level("INFO")
+        async with self.receiver_and_sender() as (address, sender):
+            connection = await sender.connect(address, timeout_s=PUSH_S)
+            assert connection.transport == "shm"
+            await push(connection, noise(3 * 2**20))
+            assert self.news(caplog) == [("INFO", {"transport": "shm", "to": address.split(",")[0]})]
+
+    async def test_tcp_to_another_host_is_no_surprise(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level("INFO")
+        async with self.receiver_and_sender() as (address, sender):
+            elsewhere = address.replace(boot_id(), "11111111-2222-3333-4444-555555555555")
+            connection = await sender.connect(elsewhere, timeout_s=PUSH_S)
+            assert connection.transport == "tcp"
+            assert [level for level, _ in self.news(caplog)] == ["INFO"]
+
+    async def test_a_better_way_that_does_not_get_through_is_a_warning(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """As between two containers of one host, each with a network of its own."""
+        async with self.receiver_and_sender() as (address, sender):
+            unreachable = f"shm://{boot_id()}/{secrets.token_hex(16)},{address.split(',')[1]}"
+            connection = await sender.connect(unreachable, timeout_s=PUSH_S)
+            assert connection.transport == "tcp"
+            ((level, fields),) = self.news(caplog)
+            assert (level, fields["transport"]) == ("WARNING", "tcp")
+            assert "Connection refused" in fields["shm_failed"]
+
+    async def test_what_one_of_them_was_told_to_use_is_used(self) -> None:
+        async with self.receiver_and_sender(ours=["tcp"]) as (address, sender):
+            assert (await sender.connect(address, timeout_s=PUSH_S)).transport == "tcp"
+
+    async def test_nothing_in_common(self) -> None:
+        async with self.receiver_and_sender(theirs=["shm"], ours=["tcp"]) as (address, sender):
+            with pytest.raises(TransferError, match="the receiver has shm, this worker tcp"):
+                await sender.connect(address, timeout_s=PUSH_S)
+
+    async def test_nothing_gets_through(self) -> None:
+        async with self.receiver_and_sender() as (address, sender):
+            pass
+        async with self.receiver_and_sender() as (_, sender):
+            with pytest.raises(TransferError, match=r"shm: cannot connect .*; tcp: cannot connect "):
+                await sender.connect(address, timeout_s=PUSH_S)
+
+    async def test_a_receiver_that_hangs_costs_the_deadline_once(self) -> None:
+        async with transport_of("tcp") as any_transport, peer("receive", "auto") as process:
+            address = await address_of(process)
+            process.send_signal(signal.SIGSTOP)
+            sender = BestOf(SystemClock(), [ShmTransport(SystemClock()), any_transport])
+            started_s = time.monotonic()
+            with pytest.raises(TransferError, match=r"shm: .*did not answer.*; tcp: .*did not answer"):
+                await sender.connect(address, timeout_s=1.0)
+            assert time.monotonic() - started_s > 0.9
+            process.send_signal(signal.SIGCONT)
+            assert (await sender.connect(address, timeout_s=PUSH_S)).transport == "shm"
+            await sender.aclose()
 
 
 class TestProcesses:

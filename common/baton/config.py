@@ -56,7 +56,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class TransferConfig:
-    transport: Literal["auto", "ucx", "tcp"] = "auto"  # how KV blocks travel; auto: UCX where it is installed
+    transport: Literal["auto", "shm", "ucx", "tcp"] = "auto"  # how KV travels; auto: shm, else RDMA, else TCP
     host: str = "127.0.0.1"  # address that the transport binds
     port: Port = 0  # that TCP binds, for networks with rules; 0: any free one. UCX: set UCX_TCP_PORT_RANGE
     advertise_host: str | None = None  # address that peers connect to, when it is another

@@ -33,7 +33,7 @@ class WorkerRecord:
     incarnation: str
     roles: tuple[Role, ...]
     address: str  # gRPC host:port
-    transports: tuple[str, ...]  # names of the transports it has open
+    transports: tuple[str, ...]  # names of the transports it has open, best first
     model: str  # the name it was started with
     fingerprint: str  # of config, weights, KV layout and wire version; a pair needs equal ones
     block_size: int
@@ -75,8 +75,8 @@ class Ticket:
     request_id: RequestId
     epoch: int
     worker_id: WorkerId
-    transport: str
-    address: str  # opaque to everyone but the transport of that name
+    transport: str  # names of those that the decode worker listens on, best first, with commas
+    address: str  # opaque to everyone but these transports
     fingerprint: str
     block_size: int
     num_cached_tokens: int  # already held by the decode worker: not to be sent; a multiple of block_size
@@ -147,6 +147,7 @@ class PrefillResult:
     prefill_s: float
     load: Load
     logprobs: TokenLogprobs | None = None  # where the request asked for them
+    transport: str = ""  # over which the KV goes; empty when none is sent
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, ClassVar, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -167,7 +167,16 @@ class WorkerMetrics:
             registry=registry,
         )
         self._transport = Gauge(
-            "baton_transport_info", "Transport of KV blocks in use.", ["transport"], registry=registry
+            "baton_transport_info",
+            "Transports of KV blocks this worker has.",
+            ["transport"],
+            registry=registry,
+        )
+        self._transport_bytes = Counter(
+            "baton_transport_sent_bytes",
+            "KV bytes sent, by the transport that really carried them.",
+            ["transport"],
+            registry=registry,
         )
 
     def set_blocks(self, *, used: int, free: int, total: int) -> None:
@@ -188,12 +197,16 @@ class WorkerMetrics:
         self._transfer_seconds.labels(report.direction, report.outcome).observe(report.seconds)
         self._transfer_bytes.labels(report.direction).inc(report.num_bytes)
         self._transfer_mismatches.labels(report.direction).inc(report.num_mismatches)
+        if report.transport:
+            self._transport_bytes.labels(report.transport).inc(report.num_bytes)
         if report.exposed_s is not None:
             self._transfer_exposed.observe(report.exposed_s)
 
-    def set_transport(self, transport: str) -> None:
+    def set_transports(self, names: Iterable[str]) -> None:
         self._transport.clear()
-        self._transport.labels(transport).set(1)
+        for name in names:
+            self._transport.labels(name).set(1)
+            self._transport_bytes.labels(name)  # 0 is news too
 
 
 @contextlib.asynccontextmanager

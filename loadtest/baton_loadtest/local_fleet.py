@@ -110,7 +110,7 @@ class LocalFleet:
                 incarnation=f"{name}.{self._num_started}",
                 roles=roles,
                 address="",
-                transports=(transport.name,),
+                transports=transport.names,
                 model="local",
                 fingerprint=fingerprint,
                 block_size=storage.layout.block_size,

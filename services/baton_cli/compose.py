@@ -86,9 +86,9 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
             )
             closing.push_async_callback(prefill.aclose)
             handlers |= prefill.handlers()
-        metrics.set_transport(transport.name)
+        metrics.set_transports(transport.names)
         metrics_port = await closing.enter_async_context(_metrics(config, worker, metrics, registry))
-        event(log, "KV blocks travel over this transport", transport=transport.name, address=kv_address)
+        event(log, "KV comes in over", transports=transport.name, address=kv_address)
         tune_garbage_collector()
         await worker.serve(
             GrpcRpc(clock),
@@ -125,7 +125,7 @@ def _record(
         incarnation=uuid.uuid4().hex,
         roles=config.roles,
         address="",  # known once the server is bound
-        transports=(transport.name,),
+        transports=transport.names,
         model=config.model.model,
         fingerprint=fingerprint,
         block_size=layout.block_size,
@@ -144,7 +144,7 @@ def _shown(record: WorkerRecord, metrics_port: int | None) -> dict[str, Any]:
         "address": record.address,
         "worker_id": record.worker_id,
         "roles": [role.value for role in record.roles],
-        "transport": record.transports[0],
+        "transport": ",".join(record.transports),
         "model": record.model,
         "num_blocks": record.num_blocks,
         "metrics_port": metrics_port,

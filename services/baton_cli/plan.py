@@ -53,7 +53,7 @@ def _check_model(model: str) -> None:
 
 
 def _check_transport(config: TransferConfig) -> None:
-    if config.transport not in ("auto", *available()):
+    if config.transport == "ucx" and "ucx" not in available():
         raise ConfigError(
             "--transport ucx: UCX is not installed; pip install 'baton-llm[ucx]', or --transport tcp"
         )

@@ -34,6 +34,7 @@ class _Job:
     push: Push
     started_s: float
     first_step_s: float | None = None
+    transport: str = ""  # known once there is a connection
     done: asyncio.Future[tuple[int, FinishReason | None]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -75,7 +76,9 @@ class PrefillService:
             return holder
         ticket = job.push.ticket
         return replace(
-            holder, epoch=ticket.epoch, note=f"sending to {ticket.worker_id} over {ticket.transport}"
+            holder,
+            epoch=ticket.epoch,
+            note=f"sending to {ticket.worker_id} over {job.transport or ticket.transport}",
         )
 
     def handlers(self) -> Handlers:
@@ -119,6 +122,8 @@ class PrefillService:
     async def _first_token(self, job: _Job, request_id: RequestId) -> PrefillResult:
         sequence = self._worker.engine.sequence(request_id)
         token_id, finish_reason = await job.done
+        if finish_reason is None:
+            job.transport = (await self._connections.get(job.push.ticket.address)).transport
         now = self._clock.now()
         first_step_s = job.first_step_s or now
         state = sequence.sampling_state if sequence is not None else None
@@ -130,11 +135,12 @@ class PrefillService:
             prefill_s=now - first_step_s,
             load=self._worker.engine.load(),
             logprobs=state.logprobs if state is not None else None,
+            transport=job.transport,
         )
 
     def _check(self, ticket: Ticket) -> None:
         record = self._worker.record
-        if ticket.transport != self._transport.name:
+        if set(self._transport.names).isdisjoint(ticket.transport.split(",")):
             raise TransferError(
                 f"decode worker {ticket.worker_id} receives over {ticket.transport}, this prefill worker sends over "
                 f"{self._transport.name}: start both with the same --transport"
@@ -191,4 +197,4 @@ class PrefillService:
         self._worker.engine.abort(request_id)
         self._worker.admit()
         outcome: Outcome = "cancelled" if pushing.cancelled() else pushing.result()
-        self._on_transfer(job.push.report(outcome))
+        self._on_transfer(replace(job.push.report(outcome), transport=job.transport))

@@ -60,6 +60,9 @@ class Fleet:
         """(prefill, decode) pairs that may carry a request now: they fit, and they have proven it."""
         return [pair for pair in self.fitting_pairs() if self.canary.is_proven(*pair)]
 
+    def transport(self, prefill: WorkerId, decode: WorkerId) -> str | None:
+        return self._links[prefill][0].transports.get(decode)
+
     def unproven_pairs(self) -> dict[tuple[WorkerId, WorkerId], str]:
         """Pairs that fit and carry nothing, and why; "" for those that are being tried for the first time."""
         verdicts = {(p.worker_id, d.worker_id): self.canary.verdict(p, d) for p, d in self.fitting_pairs()}

@@ -36,6 +36,10 @@ class FleetView(Protocol):
         """(prefill, decode) pairs that could carry a request now."""
         ...
 
+    def transport(self, prefill: WorkerId, decode: WorkerId) -> str | None:
+        """What really carried KV between the two; None before it did."""
+        ...
+
     def unproven_pairs(self) -> Mapping[tuple[WorkerId, WorkerId], str]:
         """Pairs that fit and carry nothing, and why; "" while one is tried for the first time."""
         ...
@@ -84,10 +88,6 @@ def readiness(fleet: FleetView) -> Readiness:
     return Readiness(True, tuple(reasons))
 
 
-def pair_transport(prefill: WorkerRecord, decode: WorkerRecord) -> str:
-    """The decode worker chooses, in the order of its preference."""
-    return next((name for name in decode.transports if name in prefill.transports), "none")
-
-
 def transports_in_use(fleet: FleetView) -> list[str]:
-    return sorted({pair_transport(prefill, decode) for prefill, decode in fleet.pairs()})
+    used = (fleet.transport(prefill.worker_id, decode.worker_id) for prefill, decode in fleet.pairs())
+    return sorted({name for name in used if name})

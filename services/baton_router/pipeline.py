@@ -140,12 +140,12 @@ class Pipeline:
         try:
             ticket = await self._ticket(attempt)
             record.ticket_s = self._clock.now()
-            record.transport = ticket.transport
             record.num_cached_tokens_decode = ticket.num_cached_tokens
             self._confirm(chains, ticket)
             call = PrefillCall(request, ticket, min(timeout_s, self._config.prefill_timeout_s))
             result = await _while_alive(attempt, prefill.prefill(call, call.deadline_s))
             record.num_cached_tokens_prefill = result.num_cached_tokens
+            record.transport = result.transport or None
             logprobs = (result.logprobs,) if result.logprobs is not None else ()
             stream.push(Tokens(0, (result.token_id,), result.finish_reason, logprobs))
             if result.finish_reason is not None:

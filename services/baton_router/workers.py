@@ -34,7 +34,7 @@ from baton.messages import (
     Ticket,
     WorkerRecord,
 )
-from baton.request import FinishReason, Request, TokenLogprobs
+from baton.request import FinishReason, Request, TokenLogprobs, WorkerId
 from baton.rpc import PREFILL, SESSION, STATUS_BLOCKS, STATUS_WATCH, Rpc
 from baton_router.generation import Tokens, TokenStream
 
@@ -208,6 +208,7 @@ class Link:
         self.record = record
         self.session = Session()
         self.num_dispatched_tokens = 0  # prompt tokens sent to this prefill worker and not yet answered
+        self.transports: dict[WorkerId, str] = {}  # that really carried KV from here, by decode worker
         self._channel = rpc.connect(record.address)
         self._clock = clock
         self._emit = emit
@@ -223,11 +224,14 @@ class Link:
     async def prefill(self, call: PrefillCall, timeout_s: float) -> PrefillResult:
         self.num_dispatched_tokens += call.request.num_prompt_tokens
         try:
-            return await self._channel.unary(PREFILL, call, timeout_s=timeout_s)
+            result: PrefillResult = await self._channel.unary(PREFILL, call, timeout_s=timeout_s)
         except Unavailable as error:
             raise WorkerLost(f"prefill worker {self.record.worker_id} was lost: {error.message}") from error
         finally:
             self.num_dispatched_tokens -= call.request.num_prompt_tokens
+        if result.transport:
+            self.transports[call.ticket.worker_id] = result.transport
+        return result
 
     async def blocks(self, timeout_s: float) -> BlockLedger:
         return await self._channel.unary(STATUS_BLOCKS, BlocksCall(), timeout_s=timeout_s)

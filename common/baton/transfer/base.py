@@ -48,6 +48,8 @@ class PieceSink(Protocol):
 class Connection(ABC):
     """One sender's way to one receiver. Made by `Transport.connect`; shared by all pushes to that peer."""
 
+    transport: str  # the name of what carries it
+
     @abstractmethod
     async def push(self, header: PieceHeader, payload: Sequence[memoryview], *, timeout_s: float) -> None:
         """Send one piece and wait until it is acknowledged. `payload` buffers are contiguous bytes, in order.
@@ -70,6 +72,11 @@ class Transport(ABC):
     """One per worker process. Built by hand, started by `listen`, closed by its owner."""
 
     name: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a peer must have one of, best first. Most transports are one; see `transfer.best_of`."""
+        return tuple(self.name.split(","))
 
     @abstractmethod
     async def listen(self, sink: PieceSink) -> str:

@@ -1,34 +1,70 @@
-"""Which transport a worker uses. The caller says which one it got (`transport.name`): none is chosen in silence."""
+"""Which transports a worker has. Which of them a pair uses shows when it connects (`transfer.best_of`); neither is
+decided in silence."""
 
 import importlib.util
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 from baton.clock import Clock
 from baton.errors import ConfigError
+from baton.telemetry import event
 from baton.transfer.base import Transport
+from baton.transfer.best_of import BestOf
 from baton.transfer.shm import ShmTransport
 from baton.transfer.tcp import TcpTransport
 from baton.transfer.ucx import UcxTransport
 
+log = logging.getLogger(__name__)
+
+_RDMA_DEVICES = Path("/sys/class/infiniband")
+
 
 def available() -> list[str]:
-    """Names that `make_transport` can make here, best first. Looks only whether UCX is installed: it loads nothing."""
+    """Names that `make_transport` can make here. Looks only whether UCX is installed: it loads nothing."""
     has_ucx = any(importlib.util.find_spec(library) for library in ("ucxx", "ucp"))
-    return ["ucx", "tcp"] if has_ucx else ["tcp"]
+    return [*(["shm"] if _has_shm() else []), *(["ucx"] if has_ucx else []), "tcp"]
 
 
 def make_transport(
     name: str, clock: Clock, host: str, *, port: int = 0, advertise_host: str | None = None
 ) -> Transport:
-    """`auto` is UCX where it is installed and starts, else TCP. `port` and `advertise_host` are TCP's; UCX has neither.
-    Raises ConfigError."""
-    if name == "shm":
-        return ShmTransport(clock)
-    if name not in ("auto", "ucx", "tcp"):
-        raise ConfigError(f"transfer.transport {name!r} is not known: choose auto, ucx or tcp")
-    if name != "tcp":
-        try:
-            return UcxTransport(clock, host)
-        except ConfigError:
-            if name == "ucx":
-                raise
-    return TcpTransport(clock, host, port, advertise_host=advertise_host)
+    """`auto` is shared memory, UCX where it has a network that is faster than TCP, and TCP. `host` is not of interest
+    to shared memory, `port` and `advertise_host` are TCP's alone. Raises ConfigError."""
+    makers: dict[str, Callable[[], list[Transport]]] = {
+        "shm": lambda: [ShmTransport(clock)],
+        "ucx": lambda: [UcxTransport(clock, host)],
+        "tcp": lambda: [TcpTransport(clock, host, port, advertise_host=advertise_host)],
+    }
+    if name == "auto":
+        shm = makers["shm"]() if _has_shm() else []
+        return BestOf(clock, [*shm, *_fast_ucx(clock, host), *makers["tcp"]()])
+    if name not in makers:
+        raise ConfigError(f"transfer.transport {name!r} is not known: choose auto, shm, ucx or tcp")
+    if name == "shm" and not _has_shm():
+        raise ConfigError("--transport shm needs Linux: choose auto or tcp")
+    return BestOf(clock, makers[name]())
+
+
+def _has_shm() -> bool:
+    return sys.platform == "linux"
+
+
+def _fast_ucx(clock: Clock, host: str) -> list[Transport]:
+    """None where UCX has nothing but TCP, because ours is faster. Who has an RDMA device expects it to be used."""
+    if not _RDMA_DEVICES.is_dir() or not any(_RDMA_DEVICES.iterdir()):
+        return []
+    try:
+        ucx = UcxTransport(clock, host)
+    except ConfigError as error:
+        why = error.message
+    else:
+        if ucx.has_fast_network:
+            return [ucx]
+        why = (
+            "this UCX was built without RDMA, or UCX_TLS, UCX_NET_DEVICES or transfer.host keep it from the devices; "
+            "pip's is built without, RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY=true takes the system's"
+        )
+    event(log, "this host has RDMA, but KV goes over TCP", level=logging.WARNING, why=why)
+    return []

@@ -174,6 +174,8 @@ class _Link:
 
 
 class InprocConnection(SenderEnd):
+    transport = "inproc"
+
     def __init__(self, network: InprocNetwork, link: _Link, on_closed: Callable[[SenderEnd], object]) -> None:
         super().__init__(network.clock, link.ends[1], on_closed)
         self._network = network

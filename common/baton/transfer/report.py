@@ -17,6 +17,7 @@ class TransferReport:
     exposed_s: float | None = (
         None  # from the end of the prompt's computation to the end; where known: ok and sent
     )
+    transport: str = ""  # that carried it; where known: sent
 
 
 OnTransfer = Callable[[TransferReport], None]

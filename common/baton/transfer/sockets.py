@@ -70,8 +70,16 @@ class Line:
 
 
 class SocketConnection(SenderEnd):
-    def __init__(self, line: Line, clock: Clock, peer: str, on_closed: Callable[[SenderEnd], object]) -> None:
+    def __init__(
+        self,
+        transport: str,
+        line: Line,
+        clock: Clock,
+        peer: str,
+        on_closed: Callable[[SenderEnd], object],
+    ) -> None:
         super().__init__(clock, peer, on_closed)
+        self.transport = transport
         self._line = line
         self._start(self._read_answers)
 
@@ -184,7 +192,7 @@ class SocketTransport(Transport):
             raise TransferError(f"{address} did not answer within {timeout_s:g} s") from None
         except OSError as error:
             raise TransferError(f"cannot connect to {address}: {error.strerror}") from None
-        connection = SocketConnection(line, self._clock, address, self._connections.discard)
+        connection = SocketConnection(self.name, line, self._clock, address, self._connections.discard)
         self._connections.add(connection)
         return connection
 

@@ -40,11 +40,15 @@ log = logging.getLogger(__name__)
 
 MAX_HELLO_BYTES = 8192
 PARTING_S = 1.0  # for the last message to leave
+# Between hosts our own TCP is faster than UCX's, and nothing else of these leaves a host.
+_SLOW_OR_LOCAL = {"self", "tcp", "sysv", "posix", "cma", "knem", "xpmem", "cuda_copy", "cuda_ipc", "gdr_copy"}
 _HELLO = struct.Struct("<QIH")  # connection id, checksum of the address it was sent to, length of own address
 _CHECKSUM = struct.Struct("<I")
 
 
 class UcxConnection(SenderEnd):
+    transport = "ucx"
+
     def __init__(
         self,
         line: SenderLine,
@@ -93,6 +97,7 @@ class UcxTransport(Transport):
             options["NET_DEVICES"] = "lo"
         library = make_library(options)
         self.library = library.name
+        self.has_fast_network = not library.lanes <= _SLOW_OR_LOCAL
         self._clock = clock
         self._piece_timeout_s = piece_timeout_s
         self._worker = UcxWorker(library)

@@ -11,6 +11,7 @@ closed already. `transfer.ucx_worker` sees to that.
 import ctypes
 import importlib
 import os
+import re
 from typing import Any, Protocol
 
 from baton.errors import ConfigError
@@ -31,6 +32,7 @@ class Library(Protocol):
     """One UCX worker. Not thread-safe."""
 
     name: str
+    lanes: frozenset[str]  # UCX's names of what it could use here: tcp, rc_verbs, cuda_ipc ...
     fd: int  # once armed, readable when there is something to do
     address: bytes  # what a peer makes an endpoint from
 
@@ -79,6 +81,11 @@ def make_library(options: dict[str, str]) -> Library:
     raise ConfigError(f"UCX is not installed ({why}): pip install 'baton-llm[ucx]' or choose --transport tcp")
 
 
+def _lanes(info: str) -> frozenset[str]:
+    """From UCX's own description of a context, where each resource is a line that ends with `-- tcp/eth0`."""
+    return frozenset(re.findall(r"--\s+(\w+)/", info))
+
+
 class _UcxxRequest:
     def __init__(self, request: Any) -> None:
         self._request = request
@@ -103,6 +110,7 @@ class UcxxLibrary:
         self._array = importlib.import_module("ucxx._lib.arr").Array
         feature = self._ucxx.Feature
         context = self._ucxx.UCXContext(options, feature_flags=(feature.TAG, feature.WAKEUP))
+        self.lanes = _lanes(str(context.info))
         self._worker = self._ucxx.UCXWorker(context)
         self._worker.init_blocking_progress_mode()
         self.fd: int = self._worker.epoll_file_descriptor
@@ -167,6 +175,7 @@ class UcxPyLibrary:
         self._array = importlib.import_module("ucp._libs.arr").Array
         feature = self._ucx.Feature
         context = self._ucx.UCXContext(options, feature_flags=(feature.TAG, feature.WAKEUP))
+        self.lanes = _lanes(str(context.info()))
         self._worker = self._ucx.UCXWorker(context)
         self._posted: dict[Any, list[_UcxPyRequest]] = {}  # receives, by endpoint
         self._parked: list[Any] = []

@@ -17,7 +17,7 @@ from baton.errors import BatonError, Cancelled, ModelNotFound
 from baton.messages import BlockLedger, WorkerRecord
 from baton.request import Request as BatonRequest
 from baton.request import TokenLogprobs
-from baton_router.fleet_view import FleetView, pair_transport, readiness, transports_in_use
+from baton_router.fleet_view import FleetView, readiness, transports_in_use
 from baton_router.front_door import Answer, FrontDoor
 from baton_router.openai import schema
 from baton_router.openai.logprobs import LogprobsFormat
@@ -179,7 +179,11 @@ class Api:
             "index": dataclasses.asdict(fleet.index_health()),
             "workers": [_worker(record, record.worker_id in ready) for record in fleet.records()],
             "pairs": [
-                {"prefill": p.worker_id, "decode": d.worker_id, "transport": pair_transport(p, d)}
+                {
+                    "prefill": p.worker_id,
+                    "decode": d.worker_id,
+                    "transport": fleet.transport(p.worker_id, d.worker_id),
+                }
                 for p, d in fleet.pairs()
             ],
         }
