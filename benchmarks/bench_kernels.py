@@ -174,6 +174,7 @@ def token_cases(s: Shapes) -> Iterator[Case]:
 
 
 def block_cases(s: Shapes) -> Iterator[Case]:
+    from baton_kernels import reference
     from baton_kernels.copy_blocks import copy_blocks
     from baton_kernels.wire_blocks import pack_blocks, unpack_blocks
 
@@ -185,25 +186,22 @@ def block_cases(s: Shapes) -> Iterator[Case]:
     src, dst = ids[:half].clone(), ids[half : 2 * half].clone()
     copied = 2 * half * pool.shape[1]
     yield Case(f"copy-blocks {half}", partial(copy_blocks, pool, src, dst), num_bytes=copied)
-    for num_packed, layers in ((half // 4, 1), (half // 4, num_layers)):  # of a 4k prompt: one layer, all
-        which, num_bytes = ids[: max(num_packed, 1)].clone(), layers * layer
-        wire, _ = pack_blocks(pool, which, 0, num_bytes)
+    which = ids[: max(half // 4, 1)].clone()  # of a 4k prompt
+    tokens = torch.arange(len(which), device=s.device) * s.block_size
+    for layers in (1, num_layers):
+        planes = reference.Planes(0, 2 * layers, s.kv_heads, s.dim * s.dtype.itemsize)
+        args = pool, which, tokens, s.block_size, planes
+        wire, _ = pack_blocks(*args)
         moved = 2 * wire.numel()
         name = f"{len(which)} blocks, {layers} layers"
-        select: dict[str, Run] = {"index_select": partial(_gather, pool, which, num_bytes)}
-        yield Case(f"pack {name}", partial(_pack, pool, which, num_bytes), num_bytes=moved, peers=select)
-        yield Case(f"unpack {name}", partial(unpack_blocks, pool, which, 0, wire), num_bytes=moved)
+        select: dict[str, Run] = {"index_select": partial(_gather, pool, which, wire.shape[1])}
+        yield Case(f"pack {name}", lambda args=args: pack_blocks(*args)[0], num_bytes=moved, peers=select)
+        yield Case(f"unpack {name}", partial(unpack_blocks, *args, wire), num_bytes=moved)
 
 
 def all_cases(s: Shapes) -> Iterator[Case]:
     for family in (decode_cases, prefill_cases, token_cases, block_cases):
         yield from family(s)
-
-
-def _pack(pool: Tensor, ids: Tensor, num_bytes: int) -> Tensor:
-    from baton_kernels.wire_blocks import pack_blocks
-
-    return pack_blocks(pool, ids, 0, num_bytes)[0]
 
 
 def _gather(pool: Tensor, ids: Tensor, num_bytes: int) -> Tensor:

@@ -6,6 +6,8 @@ tests can ask for float64. `naive` has what runs on the CPU, planned for speed t
     T tokens of the step, B sequences, C positions of context, H heads, Hkv KV heads, Dk and Dv dims
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -110,26 +112,55 @@ def copy_blocks(pool: Tensor, src: Tensor, dst: Tensor) -> None:
     pool[dst[kept]] = pool[src[kept]]
 
 
-def pack_blocks(pool: Tensor, block_ids: Tensor, start_byte: int, num_bytes: int) -> tuple[Tensor, Tensor]:
-    """The bytes [start_byte, start_byte + num_bytes) of the blocks, [n, num_bytes], and their digests."""
-    wire = pool[block_ids, start_byte : start_byte + num_bytes]
-    return wire, block_digests(wire)
+@dataclass(frozen=True)
+class Planes:
+    """A part of every block: planes (K or V of a layer) of one shape, one after another."""
+
+    start_byte: int  # in the block
+    num_planes: int
+    num_heads: int
+    row_bytes: int  # one token, one head
+    first_plane: int = 0  # its number in the model: 2 * layer, and 1 more for V
+    first_head: int = 0
+
+    def num_bytes(self, block_size: int) -> int:
+        return self.num_planes * block_size * self.num_heads * self.row_bytes
 
 
-def unpack_blocks(pool: Tensor, block_ids: Tensor, start_byte: int, wire: Tensor) -> Tensor:
-    """The way back; the digests of `wire`."""
-    pool[block_ids, start_byte : start_byte + wire.shape[1]] = wire
-    return block_digests(wire)
+def pack_blocks(
+    pool: Tensor, block_ids: Tensor, first_tokens: Tensor, block_size: int, planes: Planes
+) -> tuple[Tensor, Tensor]:
+    """The planes of the blocks, [n, planes.num_bytes], and the digests of their tokens, [n, block_size] int64."""
+    end_byte = planes.start_byte + planes.num_bytes(block_size)
+    wire = pool[block_ids, planes.start_byte : end_byte]
+    return wire, token_digests(wire, first_tokens, block_size, planes)
 
 
-def block_digests(wire: Tensor) -> Tensor:
-    """wire [n, num_bytes] uint8 -> [n, 2] int32. The formula is in `wire_blocks`."""
-    low = 0xFFFF_FFFF
-    words = wire.contiguous().view(torch.int32).long() & low
-    i = torch.arange(words.shape[1], device=wire.device)
-    h = _mix32(words ^ (i * 0x9E3779B1 + 0x7F4A7C15 & low))
-    sums = torch.stack((h.sum(1), ((h ^ (h >> 15)) * 0x846CA68B & low).sum(1)), 1) & low
-    return torch.where(sums > 0x7FFF_FFFF, sums - (1 << 32), sums).int()
+def unpack_blocks(
+    pool: Tensor, block_ids: Tensor, first_tokens: Tensor, block_size: int, planes: Planes, wire: Tensor
+) -> Tensor:
+    """The way back; the digests of the tokens in `wire`."""
+    pool[block_ids, planes.start_byte : planes.start_byte + wire.shape[1]] = wire
+    return token_digests(wire, first_tokens, block_size, planes)
+
+
+def token_digests(wire: Tensor, first_tokens: Tensor, block_size: int, planes: Planes) -> Tensor:
+    """wire [n, num_bytes] uint8, first_tokens [n] -> [n, block_size] int64. The formula is in `wire_blocks`."""
+    shape = len(wire), planes.num_planes, block_size, planes.num_heads, planes.row_bytes // 4
+    words = wire.contiguous().view(torch.int32).long().view(shape) & 0xFFFF_FFFF
+    place = [torch.arange(size, device=wire.device) for size in shape[1:4]]
+    keys = (
+        ((planes.first_plane + place[0]) * _signed(0xD1B54A32D192ED03))[:, None, None]
+        + ((first_tokens[:, None] + place[1]) * _signed(0x9E3779B97F4A7C15))[:, None, :, None]
+        + (planes.first_head + place[2]) * _signed(0x8CB92BA72F3D8DD7)
+    )
+    rows = (words * word_keys(shape[4]).to(wire.device)).sum(-1) + keys
+    return _mix64(rows).sum((1, 3))
+
+
+def word_keys(num_words: int) -> Tensor:
+    """a_j of the digest's formula: splitmix64, made odd."""
+    return _mix64(torch.arange(1, num_words + 1) * _signed(0x9E3779B97F4A7C15)) | 1
 
 
 def sample_tokens(
@@ -179,10 +210,18 @@ def _mix32(h: Tensor) -> Tensor:
 
 
 def _splitmix64(word: Tensor) -> Tensor:
-    word = word + (0x9E3779B97F4A7C15 - 2**64)
-    word = (word ^ _shift(word, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    word = (word ^ _shift(word, 27)) * (0x94D049BB133111EB - 2**64)
+    return _mix64(word + _signed(0x9E3779B97F4A7C15))
+
+
+def _mix64(word: Tensor) -> Tensor:
+    """splitmix64's finaliser, on int64."""
+    word = (word ^ _shift(word, 30)) * _signed(0xBF58476D1CE4E5B9)
+    word = (word ^ _shift(word, 27)) * _signed(0x94D049BB133111EB)
     return word ^ _shift(word, 31)
+
+
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
 
 
 def _shift(word: Tensor, bits: int) -> Tensor:

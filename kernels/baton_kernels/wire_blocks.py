@@ -1,96 +1,170 @@
-"""Gathers blocks of the pool into one contiguous buffer for the wire, and back, with a digest of each block on the way.
+"""Gathers blocks of the pool into one contiguous buffer for the wire, and back, with the digests of their tokens on the
+way.
 
-    pack:    wire[i] = pool[block_ids[i], start_byte : start_byte + num_bytes],  digests[i] = digest(wire[i])
-    unpack:  pool[block_ids[i], start_byte : start_byte + num_bytes] = wire[i],  digests[i] = digest(wire[i])
+    pack:    wire[i] = pool[block_ids[i], a:b]          unpack:  pool[block_ids[i], a:b] = wire[i]
+             digests[i, t] = digest of token t of block i, the same for both
 
-    pool [num_blocks, block_bytes] uint8; wire [n, num_bytes] uint8; block_ids [n] int64; digests [n, 2] int32
+    pool [num_blocks, block_bytes] uint8; block_ids, first_tokens [n] int64; wire [n, b - a] uint8
+    digests [n, block_size] int64
 
-A byte range of a block is a group of layers. The digest of words w_0 .. w_(k-1) of 32 bits, all arithmetic modulo 2^32:
+The bytes a:b of a block are planes (K or V of a layer) of one shape, [planes, block_size, heads, row]. A row is one
+token's K or V in one head. With its words w_j of 32 bits, t its token, p its plane and h its head, counted over the
+whole sequence and model, the digest of a token is a sum over its rows, everything modulo 2^64:
 
-    h_i = mix(w_i xor (i * 0x9E3779B1 + 0x7F4A7C15)),  mix = the finaliser of MurmurHash3, a bijection
-    digest = (sum h_i,  sum (h_i xor h_i >> 15) * 0x846CA68B)
+    digest(t) = sum over p, h of mix(sum_j a_j * w_j  +  t * A + p * B + h * C)
 
-Sums do not depend on the order, so programs add theirs atomically and the digest is the same whatever the grid. A
-change within a single word always changes the first sum; others go unnoticed with a chance of about 2^-64. It finds
-corruption, truncation and mix-ups, not an adversary. The definitions are `reference.pack_blocks`, `unpack_blocks` and
-`block_digests`.
+with the odd a_j of `reference.word_keys` and mix = splitmix64's finaliser. Sums do not depend on an order, so programs
+add theirs atomically, and a token's digest is the same for any block size and any grid, and the sum over parts of its
+layers and heads. Both steps inside a row are bijections of a single word: a change of one word is always seen. It finds
+corruption, truncation and mix-ups, not an adversary.
 
-Grid: (ceil(words / BLOCK), n). Floor: 2 * n * num_bytes over memory bandwidth; the digest reads nothing again.
+Layers of several shapes take a call for each run of equal planes; their digests add up. The definitions are
+`reference.pack_blocks`, `unpack_blocks` and `token_digests`.
+
+Grid: (ceil(rows / ROWS), n). Floor: 2 * n * (b - a) over memory bandwidth; the digest reads nothing again.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048  # words of one program: 8 KiB
+from baton_kernels import reference
+from baton_kernels.reference import Planes
+
+WORDS = 4096  # of one program: 16 KiB
 
 
 @triton.jit
-def _hash_words(words, i):
-    """h_i of the formula, uint32."""
-    h = words.to(tl.uint32, bitcast=True) ^ (i.to(tl.uint32) * 0x9E3779B1 + 0x7F4A7C15)
-    h = (h ^ (h >> 16)) * 0x85EBCA6B
-    h = (h ^ (h >> 13)) * 0xC2B2AE35
-    return h ^ (h >> 16)
+def _mix(x):
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _row_digests(words, word_keys, token, plane, head):
+    """words [ROWS, ROW_PAD] int32, zeros beyond a row; the others [ROWS] int64."""
+    w = words.to(tl.uint32, bitcast=True).to(tl.uint64)
+    x = tl.sum(w * word_keys.to(tl.uint64)[None, :], 1)
+    x += token.to(tl.uint64) * 0x9E3779B97F4A7C15
+    x += plane.to(tl.uint64) * 0xD1B54A32D192ED03
+    x += head.to(tl.uint64) * 0x8CB92BA72F3D8DD7
+    return _mix(x)
 
 
 @triton.jit
 def _move_blocks_kernel(
-    pool_ptr,  # [num_blocks, ...] int32, from the first word of the range on
-    wire_ptr,  # [n, num_words] int32
-    digest_ptr,  # [n, 2] int32, zeros
+    pool_ptr,  # [num_blocks, ...] int32, from the first word of the planes on
+    wire_ptr,  # [n, num_rows * ROW_WORDS] int32
+    digest_ptr,  # [n, BLOCK_SIZE] int64, zeros
     id_ptr,  # [n]
+    token_ptr,  # [n]
+    key_ptr,  # [ROW_WORDS]
     stride,  # of the pool, in words
-    num_words,
+    num_rows,
+    first_plane,
+    first_head,
     TO_WIRE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    ROW_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
-    block = tl.load(id_ptr + row).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < num_words
-    in_pool, on_wire = pool_ptr + block * stride + i, wire_ptr + row * num_words + i
-    if TO_WIRE:
-        words = tl.load(in_pool, mask=mask, other=0)
-        tl.store(on_wire, words, mask=mask)
-    else:
-        words = tl.load(on_wire, mask=mask, other=0)
-        tl.store(in_pool, words, mask=mask)
-    h = _hash_words(words, i)
-    first = tl.where(mask, h, 0).to(tl.int32, bitcast=True)
-    second = tl.where(mask, (h ^ (h >> 15)) * 0x846CA68B, 0).to(tl.int32, bitcast=True)
-    tl.atomic_add(digest_ptr + row * 2, tl.sum(first, 0), sem="relaxed")
-    tl.atomic_add(digest_ptr + row * 2 + 1, tl.sum(second, 0), sem="relaxed")
+    i = tl.program_id(1).to(tl.int64)
+    block = tl.load(id_ptr + i)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    j = tl.arange(0, ROW_PAD)
+    word = row[:, None] * ROW_WORDS + j[None, :]
+    mask = (
+        (row < num_rows)[:, None]
+        if ROW_PAD == ROW_WORDS
+        else (row < num_rows)[:, None] & (j < ROW_WORDS)[None, :]
+    )
+    in_pool = pool_ptr + block * stride + word
+    on_wire = wire_ptr + i * num_rows * ROW_WORDS + word
+    words = tl.load(in_pool if TO_WIRE else on_wire, mask=mask, other=0)
+    tl.store(on_wire if TO_WIRE else in_pool, words, mask=mask)
+    offset = row // NUM_HEADS % BLOCK_SIZE  # of the token in its block
+    plane = first_plane + row // (NUM_HEADS * BLOCK_SIZE)
+    keys = tl.load(key_ptr + j, mask=j < ROW_WORDS, other=0)
+    token = tl.load(token_ptr + i) + offset
+    digests = _row_digests(words, keys, token, plane, first_head + row % NUM_HEADS)
+    tl.atomic_add(
+        digest_ptr + i * BLOCK_SIZE + offset,
+        digests.to(tl.int64, bitcast=True),
+        mask=row < num_rows,
+        sem="relaxed",
+    )
 
 
-def pack_blocks(pool: Tensor, block_ids: Tensor, start_byte: int, num_bytes: int) -> tuple[Tensor, Tensor]:
+def pack_blocks(
+    pool: Tensor, block_ids: Tensor, first_tokens: Tensor, block_size: int, planes: Planes
+) -> tuple[Tensor, Tensor]:
     """wire and digests. See the module."""
+    num_bytes = planes.num_bytes(block_size)
     wire = torch.empty(len(block_ids), num_bytes, dtype=torch.uint8, device=pool.device)
-    return wire, _move(pool, block_ids, start_byte, wire, to_wire=True)
+    return wire, _move(pool, block_ids, first_tokens, block_size, planes, wire, to_wire=True)
 
 
-def unpack_blocks(pool: Tensor, block_ids: Tensor, start_byte: int, wire: Tensor) -> Tensor:
+def unpack_blocks(
+    pool: Tensor, block_ids: Tensor, first_tokens: Tensor, block_size: int, planes: Planes, wire: Tensor
+) -> Tensor:
     """digests of what came over the wire; block_ids are all different. See the module."""
-    return _move(pool, block_ids, start_byte, wire, to_wire=False)
+    return _move(pool, block_ids, first_tokens, block_size, planes, wire, to_wire=False)
 
 
-def _move(pool: Tensor, block_ids: Tensor, start_byte: int, wire: Tensor, *, to_wire: bool) -> Tensor:
-    num_blocks, num_bytes = wire.shape
+def _move(
+    pool: Tensor,
+    block_ids: Tensor,
+    first_tokens: Tensor,
+    block_size: int,
+    planes: Planes,
+    wire: Tensor,
+    *,
+    to_wire: bool,
+) -> Tensor:
+    n, num_bytes = len(block_ids), planes.num_bytes(block_size)
     assert pool.dtype == wire.dtype == torch.uint8 and pool.stride(1) == 1
-    assert wire.is_contiguous() and block_ids.shape == (num_blocks,) and block_ids.is_contiguous()
-    assert start_byte % 4 == 0 and num_bytes % 4 == 0 and start_byte + num_bytes <= pool.shape[1]
-    words = pool[:, start_byte : start_byte + num_bytes].view(torch.int32)
-    digests = torch.zeros(num_blocks, 2, dtype=torch.int32, device=pool.device)
-    _move_blocks_kernel[(triton.cdiv(num_bytes // 4, BLOCK), num_blocks)](
+    assert wire.shape == (n, num_bytes) and wire.is_contiguous()
+    assert (
+        block_ids.is_contiguous() and first_tokens.shape == block_ids.shape and first_tokens.is_contiguous()
+    )
+    assert (
+        planes.start_byte % 4 == 0
+        and planes.row_bytes % 4 == 0
+        and planes.start_byte + num_bytes <= pool.shape[1]
+    )
+    words = pool[:, planes.start_byte : planes.start_byte + num_bytes].view(torch.int32)
+    digests = torch.zeros(n, block_size, dtype=torch.int64, device=pool.device)
+    num_rows, row_words = planes.num_planes * block_size * planes.num_heads, planes.row_bytes // 4
+    row_pad = triton.next_power_of_2(row_words)
+    rows = max(WORDS // row_pad, 1)
+    _move_blocks_kernel[(triton.cdiv(num_rows, rows), n)](
         words,
         wire.view(torch.int32),
         digests,
         block_ids,
+        first_tokens,
+        _word_keys(row_words, pool.device),
         words.stride(0),
-        num_bytes // 4,
+        num_rows,
+        planes.first_plane,
+        planes.first_head,
         TO_WIRE=to_wire,
-        BLOCK=BLOCK,
+        BLOCK_SIZE=block_size,
+        NUM_HEADS=planes.num_heads,
+        ROW_WORDS=row_words,
+        ROW_PAD=row_pad,
+        ROWS=rows,
         num_warps=4,
     )
     return digests
+
+
+@lru_cache(maxsize=64)
+def _word_keys(num_words: int, device: torch.device) -> Tensor:
+    return reference.word_keys(num_words).to(device)

@@ -32,6 +32,7 @@ from baton_kernels.cache_write import rope_write_kv
 from baton_kernels.copy_blocks import copy_blocks
 from baton_kernels.decode_attention import paged_decode_attention
 from baton_kernels.prefill_attention import paged_prefill_attention
+from baton_kernels.reference import Planes
 from baton_kernels.rms_norm import add_rms_norm
 from baton_kernels.sample_tokens import sample_tokens
 from baton_kernels.silu_mul import silu_mul
@@ -114,15 +115,16 @@ def other_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     k, v = caches(64, 8, 128, 128, torch.bfloat16)
     query, new, x = empty(64, 32, 128), empty(64, 8, 128), empty(64, 4096)
     ids, cos = empty(64, dtype=torch.int64), empty(64, 64, dtype=torch.float32)
-    pool, wire = empty(NUM_BLOCKS, 8 << 20, dtype=torch.uint8), empty(64, 1 << 20, dtype=torch.uint8)
+    planes = Planes(1 << 18, 8, 8, 256)  # of 4 layers
+    pool, wire = (empty(n, size, dtype=torch.uint8) for n, size in ((NUM_BLOCKS, 8 << 20), (64, 1 << 20)))
     yield "rope-write-D128", partial(rope_write_kv, query, new, new, k, v, ids, cos, cos)
     yield "write-D128", partial(rope_write_kv, query, new, new, k, v, ids)
     yield "add-rms-norm-4096", partial(add_rms_norm, x, x, x[0], 1e-5)
     yield "rms-norm-4096", partial(add_rms_norm, x, None, x[0], 1e-5)
     yield "silu-mul-14336", partial(silu_mul, empty(64, 2 * 14336))
     yield "copy-blocks", partial(copy_blocks, pool, ids, ids)
-    yield "pack-blocks", partial(pack_blocks, pool, ids, 1 << 18, 1 << 20)
-    yield "unpack-blocks", partial(unpack_blocks, pool, ids, 1 << 18, wire)
+    yield "pack-blocks", partial(pack_blocks, pool, ids, ids, 64, planes)
+    yield "unpack-blocks", partial(unpack_blocks, pool, ids, ids, 64, planes, wire)
     for dtype in (torch.bfloat16, torch.float32):
         columns = [empty(64, dtype=kind) for kind in SAMPLING]
         yield (

@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from baton_kernels import reference
 from baton_kernels.copy_blocks import copy_blocks
+from baton_kernels.reference import Planes
 from baton_kernels.wire_blocks import pack_blocks, unpack_blocks
 
 pytestmark = [
@@ -14,8 +15,8 @@ pytestmark = [
     # numpy's remarks on overflows and wrap-arounds that the kernels mean, and on lanes that are masked later
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
-RANGES = [(64, 0, 64), (1200, 400, 404), (40_000, 8_000, 20_000)]
-RANGE_IDS = [f"{block_bytes}B-from{start}-{num_bytes}B" for block_bytes, start, num_bytes in RANGES]
+# start_byte, planes, heads, row_bytes, block_size
+SHAPES = [(0, 1, 1, 4, 1), (64, 3, 2, 16, 4), (8, 2, 3, 60, 5), (0, 2, 2, 256, 16), (100, 1, 1, 576, 3)]
 
 
 def random_pool(num_blocks: int, block_bytes: int) -> torch.Tensor:
@@ -33,39 +34,72 @@ def test_copy_blocks(block_bytes: int) -> None:
     assert torch.equal(pool[3], pool[5]) and torch.equal(pool[6], pool[0])
 
 
-@pytest.mark.parametrize(
-    ("block_bytes", "start", "num_bytes"), RANGES, ids=(f"{r[0]}B-from{r[1]}-{r[2]}B" for r in RANGES)
-)
-def test_pack_then_unpack_is_the_identity(block_bytes: int, start: int, num_bytes: int) -> None:
-    pool, ids = random_pool(6, block_bytes), torch.tensor([4, 1, 2])
-    wire, digests = pack_blocks(pool, ids, start, num_bytes)
-    assert torch.equal(wire, pool[ids, start : start + num_bytes])
-    assert torch.equal(digests, reference.block_digests(wire))
+def make_planes(start: int, num_planes: int, num_heads: int, row_bytes: int) -> Planes:
+    return Planes(start, num_planes, num_heads, row_bytes, first_plane=6, first_head=2)
 
-    other = random_pool(6, block_bytes)
+
+def shape_id(shape: tuple[int, ...]) -> str:
+    return "from{}-{}x{}-{}B-P{}".format(*shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_pack_then_unpack_is_the_identity(shape: tuple[int, ...]) -> None:
+    planes, block_size = make_planes(*shape[:4]), shape[4]
+    start, end = planes.start_byte, planes.start_byte + planes.num_bytes(block_size)
+    pool, ids = random_pool(6, end + 12), torch.tensor([4, 1, 2])
+    tokens = torch.tensor([0, block_size, 2**33])
+    wire, digests = pack_blocks(pool, ids, tokens, block_size, planes)
+    assert torch.equal(wire, pool[ids, start:end])
+    assert torch.equal(digests, reference.token_digests(wire, tokens, block_size, planes))
+
+    other = random_pool(6, end + 12)
     wanted = other.clone()
     there = torch.tensor([0, 5, 3])
-    wanted[there, start : start + num_bytes] = wire
-    assert torch.equal(unpack_blocks(other, there, start, wire), digests)
+    wanted[there, start:end] = wire
+    assert torch.equal(unpack_blocks(other, there, tokens, block_size, planes, wire), digests)
     assert torch.equal(other, wanted)
 
 
+def test_a_token_s_digest_does_not_depend_on_the_layout() -> None:
+    """Two blocks of 8 tokens are one of 16; the digests of the halves of the heads add up, and those of the layers."""
+    num_planes, num_heads = 4, 6
+    whole = torch.randint(256, (1, num_planes, 16, num_heads, 20), dtype=torch.uint8)
+    zero = torch.zeros(1, dtype=torch.int64)
+
+    def digests(
+        part: torch.Tensor, first_tokens: torch.Tensor, first_plane: int = 0, first_head: int = 0
+    ) -> torch.Tensor:
+        n, planes, block_size, heads, row_bytes = part.shape
+        kind = Planes(0, planes, heads, row_bytes, first_plane, first_head)
+        ids = torch.arange(n)
+        return pack_blocks(part.reshape(n, -1), ids, first_tokens, block_size, kind)[1]
+
+    wanted = digests(whole, zero)
+    blocks = whole.view(num_planes, 2, 8, num_heads, 20).transpose(0, 1)
+    assert torch.equal(digests(blocks, torch.tensor([0, 8])).flatten(), wanted[0])
+    halves = digests(whole[:, :, :, :3], zero), digests(whole[:, :, :, 3:], zero, first_head=3)
+    assert torch.equal(sum(halves), wanted)
+    layers = digests(whole[:, :1], zero), digests(whole[:, 1:], zero, first_plane=1)
+    assert torch.equal(sum(layers), wanted)
+
+
 def test_the_digest_sees_flips_swaps_and_shifts() -> None:
-    wire = random_pool(1, 4096).repeat(6, 1)
+    planes, block_size = Planes(0, 2, 2, 64), 4  # rows of 64 bytes, tokens of 256
+    wire = random_pool(1, planes.num_bytes(block_size)).repeat(8, 1)
     wire[1, 777] ^= 1
-    wire[2, :8] = wire[0, [4, 5, 6, 7, 0, 1, 2, 3]]
-    wire[3] = wire[0].roll(4)
-    wire[4, 4092:] = 0
-    wire[5] = wire[0].roll(2048)
-    assert len(set(map(tuple, reference.block_digests(wire).tolist()))) == 6
+    wire[2, :8] = wire[0, [4, 5, 6, 7, 0, 1, 2, 3]]  # words of a row
+    wire[3, :128] = wire[0, :128].roll(64)  # heads of a token
+    wire[4] = wire[0].roll(128)  # tokens
+    wire[5] = wire[0].roll(512)  # planes
+    wire[6, -4:] = 0
+    tokens = torch.zeros(8, dtype=torch.int64)
+    tokens[7] = 16
+    digests = reference.token_digests(wire, tokens, block_size, planes).sum(1)
+    assert len(set(digests.tolist())) == len(wire)
 
 
-def test_the_digest_depends_on_the_length_even_of_zeros() -> None:
-    lengths = [reference.block_digests(torch.zeros(1, n, dtype=torch.uint8)) for n in (4, 8, 16)]
-    assert len({tuple(digest[0].tolist()) for digest in lengths}) == 3
-
-
-def test_a_change_of_one_word_always_changes_the_first_sum() -> None:
-    wire = torch.zeros(2048, 16, dtype=torch.uint8)
+def test_a_change_of_one_word_is_always_seen() -> None:
+    wire = torch.zeros(2048, 64, dtype=torch.uint8)
     wire.view(torch.int32)[:, 2] = torch.randperm(2**20)[:2048].int()
-    assert len(set(reference.block_digests(wire)[:, 0].tolist())) == 2048
+    digests = reference.token_digests(wire, torch.zeros(2048, dtype=torch.int64), 1, Planes(0, 1, 1, 64))
+    assert len(set(digests.flatten().tolist())) == 2048
