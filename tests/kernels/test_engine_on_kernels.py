@@ -1,5 +1,6 @@
 """The engine with the Triton step instead of the plain one: the same tokens. In the interpreter, not on a GPU."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from baton.engine import model_runner
 from baton.llm import LLM
-from baton.model.step import kernels_cover, planner_for
+from baton.model.graphs import GraphedModel
+from baton.model.step import kernels_cover
 from baton.model.triton_step import TritonPlanner
 from baton.request import SamplingParams
 
@@ -66,27 +68,70 @@ MAKERS = {
 }
 
 
+Answers = list[list[int]]
+
+
+def answers(
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: Sequence[int] = LENGTHS,
+    sampling: Sequence[SamplingParams] = SAMPLING,
+    **patches: Any,
+) -> Answers:
+    for name, value in patches.items():
+        monkeypatch.setattr(model_runner, name, value)
+    with LLM(str(directory), **SETTINGS) as llm:
+        llm.runner.storage.data.view(torch.float32).fill_(torch.nan)
+        outputs = llm.generate(random_prompts(lengths), sampling)
+        llm.engine.check_integrity()
+    return [output.token_ids for output in outputs]
+
+
+def on_kernels(layers: Any, block_size: int, **_: Any) -> TritonPlanner:
+    assert all(map(kernels_cover, layers))
+    return TritonPlanner(layers, block_size, num_sms=132)
+
+
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_the_engine_says_the_same_with_the_kernels(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory, prompts = make(tmp_path), random_prompts(LENGTHS)
+    directory = make(tmp_path)
+    expected = answers(directory, monkeypatch)
+    assert answers(directory, monkeypatch, planner_for=on_kernels) == expected
+    assert len({tuple(tokens) for tokens in expected}) == len(expected)
 
-    def answers(planner: Any) -> list[list[int]]:
-        monkeypatch.setattr(model_runner, "planner_for", planner)
-        with LLM(str(directory), **SETTINGS) as llm:
-            llm.runner.storage.data.view(torch.float32).fill_(torch.nan)
-            outputs = llm.generate(prompts, SAMPLING)
-            llm.engine.check_integrity()
-        return [output.token_ids for output in outputs]
 
-    planned = []
+def test_the_engine_says_the_same_with_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph is what it replaces here: the same function on the same buffers, padding included."""
+    sizes: list[int] = []
 
-    def on_kernels(layers: Any, block_size: int) -> TritonPlanner:
-        assert all(map(kernels_cover, layers))
-        planned.append(TritonPlanner(layers, block_size, num_sms=132))
-        return planned[-1]
+    def capture(run: Any) -> Any:
+        logits = run()  # as at load: nothing but padding
+        assert not logits.isnan().any()
 
-    expected = answers(planner_for)
-    assert answers(on_kernels) == expected
-    assert planned and len({tuple(tokens) for tokens in expected}) == len(expected)
+        def replay() -> torch.Tensor:
+            sizes.append(len(logits))
+            return run()
+
+        return replay
+
+    def with_graphs(
+        model: Any, layers: Any, planner: TritonPlanner, *, max_num_seqs: int, max_model_len: int
+    ) -> GraphedModel:
+        return GraphedModel(
+            model,
+            layers,
+            capture,
+            num_sms=planner.num_sms,
+            max_num_seqs=max_num_seqs,
+            max_num_blocks=max_model_len // 16,
+        )
+
+    directory = make_model("gqa", tmp_path, hidden_size=32, head_dim=8, max_position_embeddings=64)
+    three = (1, 5, 9), [SamplingParams(max_tokens=n, temperature=0) for n in (2, 3, 4)]
+    expected = answers(directory, monkeypatch, *three)
+    assert (
+        answers(directory, monkeypatch, *three, planner_for=on_kernels, with_graphs=with_graphs) == expected
+    )
+    assert sizes == [4, 2, 1]

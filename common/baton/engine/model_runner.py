@@ -24,7 +24,7 @@ from baton.kv.storage import KVStorage
 from baton.model import exact, loader
 from baton.model.attention import Chunk, StepAttention
 from baton.model.layers import LayerSpec, kv_layout, paged_layers, plain_layers
-from baton.model.step import planner_for
+from baton.model.step import planner_for, with_graphs
 from baton.model_files import resolve_model
 from baton.tokenizer import load_tokenizer
 from baton.transfer.wire import VERSION as WIRE_VERSION
@@ -50,6 +50,7 @@ class TorchModelRunner:
         *,
         vocab_size: int,
         max_model_len: int,
+        max_num_seqs: int = 1,
         num_threads: int = 1,
         layers: tuple[LayerSpec, ...] | None = None,
         grammars: Grammars | None = None,
@@ -68,6 +69,10 @@ class TorchModelRunner:
         if bit_exact:
             self._model = exact.ExactModel(model)
             exact.prove(self._model, self._layers, storage.data, storage.layout.block_size)
+        else:
+            self._model = with_graphs(
+                model, self._layers, self._planner, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+            )
         # On other devices a layer's KV is written some time after the call that asks for it.
         self._tells_layers = storage.data.device.type == "cpu"
         self._drawn: Tensor | None = None  # by the batch before; stays on the device
@@ -100,8 +105,7 @@ class TorchModelRunner:
     @torch.inference_mode()
     def _run(self, batch: Batch, on_written: Callable[[int], None] | None) -> tuple[int, ...]:
         if batch.copies:
-            sources, destinations = map(list, zip(*batch.copies, strict=True))
-            self._storage.data[destinations] = self._storage.data[sources]
+            self._storage.copy_blocks(batch.copies)
         inputs, self._drawn = self._prepare(batch), None
         inputs.paged.on_written = on_written
         logits = self._forward(inputs)
@@ -232,6 +236,7 @@ def load_runner(
         storage,
         vocab_size=vocab_size,
         max_model_len=max_model_len,
+        max_num_seqs=engine.max_num_seqs,
         num_threads=engine.num_threads,
         layers=layers,
         grammars=Grammars(lambda: load_tokenizer(directory, num_threads=0), vocab_size),

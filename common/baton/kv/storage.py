@@ -1,8 +1,11 @@
 """The bytes of all blocks: one tensor, seen by the model as K and V per layer and by the transfer as runs of
 bytes."""
 
+from collections.abc import Sequence
+
 import torch
 
+from baton.kv.block import BlockCopy
 from baton.kv.layout import KVLayout
 from baton.request import BlockId
 
@@ -50,6 +53,16 @@ class KVStorage:
         )
         v = self.data[:, middle:end].view(dtype).view(self.num_blocks, size, layer.num_kv_heads, layer.v_dim)
         return k, v
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """No block is both a source and a destination."""
+        sources, destinations = torch.tensor(copies, device=self.data.device).T.contiguous()
+        if self.data.device.type == "cuda":
+            from baton_kernels.copy_blocks import copy_blocks  # Triton is there with CUDA builds of torch only
+
+            copy_blocks(self.data, sources, destinations)
+        else:
+            self.data[destinations] = self.data[sources]
 
     def region(self, block_id: BlockId, layer_start: int, layer_end: int) -> memoryview:
         """Raises RuntimeError for blocks in device memory: they have to be staged in host memory first."""

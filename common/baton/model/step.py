@@ -1,6 +1,7 @@
 """Which implementation of a step's attention a worker uses: decided once, at load."""
 
 import torch
+from torch import nn
 
 from baton.model.attention import PagedLayer, Planner
 from baton.model.exact import ExactPlanner
@@ -21,6 +22,22 @@ def planner_for(layers: tuple[PagedLayer, ...], block_size: int, *, bit_exact: b
 
     properties = torch.cuda.get_device_properties(k_cache.device)
     return TritonPlanner(layers, block_size, properties.multi_processor_count)
+
+
+def with_graphs(
+    model: nn.Module,
+    layers: tuple[PagedLayer, ...],
+    planner: Planner,
+    *,
+    max_num_seqs: int,
+    max_model_len: int,
+) -> nn.Module:
+    """What stands for the model: on a GPU its decode steps are CUDA graphs."""
+    if layers[0].k_cache.device.type != "cuda":
+        return model
+    from baton.model.graphs import graphed
+
+    return graphed(model, layers, planner, max_num_seqs, max_model_len)
 
 
 def kernels_cover(layer: PagedLayer) -> bool:

@@ -73,7 +73,7 @@ class TritonPlanner:
     def __init__(self, layers: tuple[PagedLayer, ...], block_size: int, num_sms: int) -> None:
         self._layers = layers
         self._block_size = block_size
-        self._num_sms = num_sms
+        self.num_sms = num_sms
 
     def plan(self, chunks: Sequence[Chunk], positions: Tensor, blocks: Tensor) -> TritonStep:
         num_decodes = sum(chunk.num_tokens == 1 for chunk in chunks)
@@ -87,5 +87,5 @@ class TritonPlanner:
             context_lens=torch.tensor(lens, dtype=torch.int32, device=device),
             query_starts=torch.from_numpy(starts.astype(np.int32)).to(device),
             num_decodes=num_decodes,
-            num_sms=self._num_sms,
+            num_sms=self.num_sms,
         )
