@@ -5,6 +5,10 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+from baton.kv.layout import KVLayout, LayerLayout
+from baton.request import RequestId
+from baton.transfer.digest import token_digests
+from baton.transfer.wire import PieceHeader
 from baton_kernels import reference
 from baton_kernels.copy_blocks import copy_blocks
 from baton_kernels.reference import Planes
@@ -103,3 +107,31 @@ def test_a_change_of_one_word_is_always_seen() -> None:
     wire.view(torch.int32)[:, 2] = torch.randperm(2**20)[:2048].int()
     digests = reference.token_digests(wire, torch.zeros(2048, dtype=torch.int64), 1, Planes(0, 1, 1, 64))
     assert len(set(digests.flatten().tolist())) == 2048
+
+
+def test_the_digest_is_that_of_the_hand_over() -> None:
+    """Bit for bit what `baton.transfer.digest` computes on the CPU: a GPU's sender and a CPU's receiver agree."""
+    layout = KVLayout(16, (LayerLayout(2, 8, 4),) * 3, "float32", 4)
+    pool, ids, first = random_pool(4, layout.block_bytes), torch.tensor([3, 1]), torch.tensor([32, 48])
+    header = PieceHeader(
+        RequestId("r"),
+        1,
+        0,
+        1,
+        3,
+        32,
+        64,
+        2 * layout.group_bytes(1, 3),
+        head_end=2,
+        run_tokens=16,
+        dtype="float32",
+    )
+    total = torch.zeros(2, 16, dtype=torch.int64)
+    for layer in (1, 2):
+        k_bytes = 16 * 2 * 8 * 4
+        for plane, start, row_bytes in ((0, 0, 32), (1, k_bytes, 16)):
+            planes = Planes(layout.layer_offsets[layer] + start, 1, 2, row_bytes, 2 * layer + plane)
+            total += pack_blocks(pool, ids, first, 16, planes)[1]
+    group = pool[ids, layout.layer_offsets[1] :].contiguous()
+    theirs = token_digests(header, layout, [memoryview(row.numpy()) for row in group])
+    assert total.flatten().tolist() == theirs.view("int64").tolist()

@@ -58,7 +58,9 @@ class KVStorage:
         """No block is both a source and a destination."""
         sources, destinations = torch.tensor(copies, device=self.data.device).T.contiguous()
         if self.data.device.type == "cuda":
-            from baton_kernels.copy_blocks import copy_blocks  # Triton is there with CUDA builds of torch only
+            from baton_kernels.copy_blocks import (
+                copy_blocks,
+            )  # Triton is there with CUDA builds of torch only
 
             copy_blocks(self.data, sources, destinations)
         else:
