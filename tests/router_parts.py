@@ -160,6 +160,7 @@ class ScriptedFleet:
     lost: set[str] = field(default_factory=set)
     index: IndexHealth = field(default_factory=lambda: IndexHealth("memory", True))
     unproven: dict[tuple[WorkerId, WorkerId], str] = field(default_factory=dict)
+    refused: dict[tuple[WorkerId, WorkerId], str] = field(default_factory=dict)
 
     def records(self) -> Sequence[WorkerRecord]:
         return self.workers
@@ -181,6 +182,9 @@ class ScriptedFleet:
 
     def unproven_pairs(self) -> dict[tuple[WorkerId, WorkerId], str]:
         return self.unproven
+
+    def refused_pairs(self) -> dict[tuple[WorkerId, WorkerId], str]:
+        return self.refused
 
     def index_health(self) -> IndexHealth:
         return self.index

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from baton.config import EngineConfig, ModelConfig
 from baton.engine.model_runner import load_runner
 from baton.errors import ConfigError
 from baton.kv.layout import KVLayout
-from baton.model import layers, loader
+from baton.messages import Compatibility
+from baton.model import identity, layers, loader
 from baton.model_files import eos_token_ids, resolve_model
 from baton_kernels import naive
 
@@ -58,8 +60,14 @@ def _refused(directory: Path, **model: Any) -> str:
     return caught.value.message
 
 
-def _fingerprint(directory: Path, block_size: int = 16, dtype: str = "float32", wire_version: int = 1) -> str:
-    return loader.fingerprint(directory, _layout(directory, block_size, dtype), wire_version)
+def _compatibility(directory: Path, block_size: int = 16, dtype: str = "float32") -> Compatibility:
+    layout = _layout(directory, block_size, dtype)
+    return identity.compatibility(directory, loader.load_config(directory), layout, (2,))
+
+
+def _fingerprint(directory: Path, block_size: int = 16, dtype: str = "float32") -> str:
+    layout = _layout(directory, block_size, dtype)
+    return identity.fingerprint(_compatibility(directory, block_size, dtype), layout)
 
 
 def _layout(directory: Path, block_size: int, dtype: str) -> KVLayout:
@@ -248,8 +256,8 @@ def test_dtype_auto_is_float32_on_the_cpu(checkpoint: Path) -> None:
 def test_the_fingerprint_covers_all_that_decides_the_kv(copy: Path) -> None:
     base = _fingerprint(copy)
     assert base == _fingerprint(copy) and len(base) == 32
-    others = {"block_size": 32}, {"dtype": "bfloat16"}, {"wire_version": 2}
-    assert len({base, *(_fingerprint(copy, **other) for other in others)}) == 4
+    others = {"block_size": 32}, {"dtype": "bfloat16"}
+    assert len({base, *(_fingerprint(copy, **other) for other in others)}) == 3
     _edit_weights(copy, lambda weights: weights["model.norm.weight"].mul_(1.001))
     changed = _fingerprint(copy)
     assert changed != base
@@ -257,19 +265,31 @@ def test_the_fingerprint_covers_all_that_decides_the_kv(copy: Path) -> None:
     assert _fingerprint(copy) not in (base, changed)
 
 
-def test_the_fingerprint_of_a_big_file_sees_its_header_length_and_samples(
+def test_what_two_workers_must_share_is_told_apart(copy: Path) -> None:
+    base = _compatibility(copy)
+    assert (base.rope, base.layers, base.dtype) == ("base 10000", "2 layers of 2 KV heads of 16", "float32")
+    assert _compatibility(copy, 32, "bfloat16").identity == base.identity
+    _edit_config(copy, transformers_version="9", use_cache=False)
+    assert _compatibility(copy) == base
+    _edit_config(copy, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    other_rope = _compatibility(copy)
+    assert other_rope == replace(base, rope="base 500000") and other_rope.identity != base.identity
+    (copy / "tokenizer.json").write_text("{}")
+    assert _compatibility(copy).tokenizer != base.tokenizer
+
+
+def test_the_digest_of_a_big_file_sees_its_header_length_and_samples(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layout = KVLayout(16, (), "float32", 4)
-    monkeypatch.setattr(loader, "_WHOLE_FILE_BYTES", 1000)
-    monkeypatch.setattr(loader, "_SAMPLE_BYTES", 64)
+    monkeypatch.setattr(identity, "_WHOLE_FILE_BYTES", 1000)
+    monkeypatch.setattr(identity, "_SAMPLE_BYTES", 64)
     weights = copy / "model.safetensors"
     content = bytearray(weights.read_bytes())
-    seen = {loader.fingerprint(copy, layout, 1)}
+    seen = {identity._digest([weights])}
     for position in (0, 63, len(content) - 1, len(content) - 64):
         content[position] ^= 1
         weights.write_bytes(content)
-        seen.add(loader.fingerprint(copy, layout, 1))
+        seen.add(identity._digest([weights]))
     weights.write_bytes(content + b"x")
-    seen.add(loader.fingerprint(copy, layout, 1))
+    seen.add(identity._digest([weights]))
     assert len(seen) == 6

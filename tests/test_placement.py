@@ -3,7 +3,7 @@
 import random
 from dataclasses import replace
 
-from baton.messages import Load, Role, WorkerRecord
+from baton.messages import Compatibility, Load, Role, WorkerRecord
 from baton.request import WorkerId
 from baton_router.placement import Candidate, Placement, place
 
@@ -80,8 +80,8 @@ def test_a_full_pool_and_a_slow_step_repel() -> None:
     assert choice([prefill("p")], [decode("d1", decode_step_s=0.05), decode("d2")]).decode == "d2"
 
 
-def test_a_pair_needs_equal_fingerprint_and_a_common_transport() -> None:
-    other_model = prefill("p1", fingerprint="g", num_held_blocks=40)
+def test_a_pair_needs_the_same_model_and_a_common_transport() -> None:
+    other_model = prefill("p1", compatibility=Compatibility(weights="g"), num_held_blocks=40)
     other_wire = prefill("p2", transports=("ucx",), num_held_blocks=40)
     assert choice([other_model, other_wire, prefill("p3")], [decode("d")]).prefill == "p3"
     assert choice([other_model, other_wire], [decode("d")]).prefill is None

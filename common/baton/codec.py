@@ -347,6 +347,7 @@ PROTOS: Mapping[type, type[Message]] = {
     Request: request_pb2.Request,
     m.GenerateChunk: request_pb2.GenerateChunk,
     m.Load: worker_pb2.Load,
+    m.Compatibility: worker_pb2.Compatibility,
     m.WorkerRecord: worker_pb2.WorkerRecord,
     m.Ticket: ticket_pb2.Ticket,
     m.Submit: decode_pb2.Submit,

@@ -70,7 +70,7 @@ class LLM:
             raise ConfigError(f"unknown engine setting {', '.join(sorted(unknown))}")
         self._directory = resolve_model(model, revision, (*WEIGHT_FILES, *TOKENIZER_FILES))
         config = EngineConfig(**engine)
-        self.runner, fingerprint = load_runner(
+        self.runner, fingerprint, _ = load_runner(
             ModelConfig(str(self._directory), dtype=dtype, max_model_len=max_model_len), config
         )
         self._clock = SystemClock()

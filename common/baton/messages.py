@@ -26,6 +26,29 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Compatibility:
+    """What a worker's KV is made of: what two workers compare before KV goes from one to the other
+    (transfer.handshake). Digests are hexadecimal; "" is what nobody knows."""
+
+    weights: str = ""  # digest
+    config: str = ""  # digest of config.json without RoPE and dtype
+    tokenizer: str = ""  # digest
+    rope: str = ""  # in words
+    layers: str = ""  # in words: how many, KV heads, dimensions
+    revision: str = ""  # commit of a model from the hub
+    arithmetic: str = ""  # in bit-exact mode, what makes the last bit
+    dtype: str = ""  # of the KV
+    num_shards: int = 1  # ranks that the KV heads are split over
+    release: str = ""  # of Baton
+    wire_versions: tuple[int, ...] = (2,)
+
+    @property
+    def identity(self) -> str:
+        """Equal for workers whose KV means the same, however it lies in memory."""
+        return "\x00".join((self.layers, self.rope, self.weights, self.config, self.arithmetic))
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerRecord:
     """How the fleet knows a worker. A restart is a new incarnation; claims of an old one never count."""
 
@@ -35,13 +58,14 @@ class WorkerRecord:
     address: str  # gRPC host:port
     transports: tuple[str, ...]  # names of the transports it has open, best first
     model: str  # the name it was started with
-    fingerprint: str  # of config, weights, KV layout and wire version; a pair needs equal ones
+    fingerprint: str  # of model and KV layout: the root of its prefix blocks' names
     block_size: int
     num_blocks: int
     max_model_len: int
     kv_block_bytes: int
     draining: bool = False
     load: Load = field(default_factory=Load)
+    compatibility: Compatibility = field(default_factory=Compatibility)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +105,7 @@ class Ticket:
     block_size: int
     num_cached_tokens: int  # already held by the decode worker: not to be sent; a multiple of block_size
     lease_s: float
+    compatibility: Compatibility = field(default_factory=Compatibility)  # the decode worker's
 
 
 @dataclass(frozen=True, slots=True)

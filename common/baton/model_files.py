@@ -10,7 +10,8 @@ from baton.errors import ConfigError
 
 DEMO = "demo"
 CONFIG_FILES = ("config.json", "generation_config.json")
-TOKENIZER_FILES = (*CONFIG_FILES, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja")
+TOKENIZER_DATA_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (*CONFIG_FILES, *TOKENIZER_DATA_FILES, "*.jinja")
 WEIGHT_FILES = (*CONFIG_FILES, "model*.safetensors", "model.safetensors.index.json")
 
 
@@ -49,6 +50,27 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
         if eos is not None:
             return tuple(eos) if isinstance(eos, list) else (eos,)
     return ()
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors of a model, in the order of their names. Raises ConfigError."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConfigError(f"{index} has no weight_map")
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = [directory / "model.safetensors"]
+    missing = [path.name for path in files if not path.is_file()]
+    if not missing:
+        return files
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
+        raise ConfigError(
+            f"{directory} has weights in pickle format only, which can run code when opened: convert them to "
+            "safetensors"
+        )
+    raise ConfigError(f"{directory} lacks weights: {', '.join(missing)} not found")
 
 
 def _is_path(name: str) -> bool:

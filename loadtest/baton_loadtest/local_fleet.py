@@ -15,7 +15,7 @@ from baton.engine.engine import Engine
 from baton.engine.worker import Worker
 from baton.events import Emit
 from baton.index.memory import MemoryIndex
-from baton.messages import Role, WorkerRecord
+from baton.messages import Compatibility, Role, WorkerRecord
 from baton.request import Request, WorkerId
 from baton.rpc import Handlers, InprocRpc, InprocRpcNetwork
 from baton.transfer.base import Transport
@@ -99,10 +99,13 @@ class LocalFleet:
         runner: ModelRunner,
         transport: Transport,
         fingerprint: str,
+        compatibility: Compatibility | None = None,
     ) -> LocalWorker:
+        """Without `compatibility` workers of equal fingerprints are taken for equal."""
+        compatibility = compatibility or Compatibility(weights=fingerprint)
         storage, clock, emit = runner.storage, self.clock, self._emit
         engine = Engine(self._engine_config, runner, clock, fingerprint)
-        receiver = Receiver(storage, fingerprint, clock, emit, self.transfers.append)
+        receiver = Receiver(storage, compatibility.identity, clock, emit, self.transfers.append)
         kv_address = await transport.listen(receiver)
         worker = Worker(
             WorkerRecord(
@@ -117,6 +120,7 @@ class LocalFleet:
                 num_blocks=storage.num_blocks,
                 max_model_len=engine.max_model_len,
                 kv_block_bytes=storage.layout.block_bytes,
+                compatibility=compatibility,
             ),
             engine,
             clock,

@@ -18,7 +18,7 @@ from baton.clock import Clock, SystemClock
 from baton.config import WorkerConfig
 from baton.engine.batch import StepOutput
 from baton.engine.engine import Engine
-from baton.engine.model_runner import TorchModelRunner, load_runner
+from baton.engine.model_runner import LoadedModel, load_runner
 from baton.engine.worker import Worker
 from baton.events import LogEvents
 from baton.garbage import tune_garbage_collector
@@ -58,14 +58,16 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
             advertise_host=_advertise_host(kv.host, kv.advertise_host),
         )
         closing.push_async_callback(transport.aclose)
-        receiver = Receiver(runner.storage, loaded.fingerprint, clock, emit, metrics.observe_transfer)
+        receiver = Receiver(
+            runner.storage, loaded.compatibility.identity, clock, emit, metrics.observe_transfer
+        )
         kv_address = await transport.listen(receiver)
         engine = Engine(config.engine, runner, clock, loaded.fingerprint)
         index = _index(config, clock)
         if index is not None:
             closing.push_async_callback(index.aclose)
         worker = Worker(
-            _record(config, runner, loaded.fingerprint, transport, engine),
+            _record(config, loaded, transport, engine),
             engine,
             clock,
             emit,
@@ -114,10 +116,8 @@ def _index(config: WorkerConfig, clock: Clock) -> PrefixIndex | None:
     return RedisIndex(config.index.redis_url, config.index.namespace, clock)
 
 
-def _record(
-    config: WorkerConfig, runner: TorchModelRunner, fingerprint: str, transport: Transport, engine: Engine
-) -> WorkerRecord:
-    layout = runner.storage.layout
+def _record(config: WorkerConfig, loaded: LoadedModel, transport: Transport, engine: Engine) -> WorkerRecord:
+    storage = loaded.runner.storage
     return WorkerRecord(
         worker_id=WorkerId(
             config.worker_id or f"{config.roles[0].value}-{socket.gethostname()}-{os.getpid()}"
@@ -127,11 +127,12 @@ def _record(
         address="",  # known once the server is bound
         transports=transport.names,
         model=config.model.model,
-        fingerprint=fingerprint,
-        block_size=layout.block_size,
-        num_blocks=runner.storage.num_blocks,
+        fingerprint=loaded.fingerprint,
+        block_size=storage.layout.block_size,
+        num_blocks=storage.num_blocks,
         max_model_len=engine.max_model_len,
-        kv_block_bytes=layout.block_bytes,
+        kv_block_bytes=storage.layout.block_bytes,
+        compatibility=loaded.compatibility,
     )
 
 

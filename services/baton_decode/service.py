@@ -222,6 +222,7 @@ class _Session:
             block_size=record.block_size,
             num_cached_tokens=num_cached_tokens,
             lease_s=service.config.lease_s,
+            compatibility=record.compatibility,
         )
 
     # --- a request's end ---

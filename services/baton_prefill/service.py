@@ -24,6 +24,7 @@ from baton.messages import Holder, PrefillCall, PrefillResult, Ticket
 from baton.request import FinishReason, RequestId
 from baton.rpc import PREFILL, Handlers
 from baton.transfer.base import Transport
+from baton.transfer.handshake import Kind, decide
 from baton.transfer.report import OnTransfer, Outcome, ignore
 from baton_prefill.outgoing import layer_group_ends
 from baton_prefill.push import Connections, Push
@@ -99,7 +100,7 @@ class PrefillService:
             ticket,
             request,
             self._storage,
-            self._worker.record.fingerprint,
+            self._worker.record.compatibility.identity,
             self._clock,
             self._emit,
             piece_bytes=self._config.piece_bytes,
@@ -145,11 +146,9 @@ class PrefillService:
                 f"decode worker {ticket.worker_id} receives over {ticket.transport}, this prefill worker sends over "
                 f"{self._transport.name}: start both with the same --transport"
             )
-        if ticket.fingerprint != record.fingerprint:
-            raise TransferError(
-                f"decode worker {ticket.worker_id} runs another model, dtype or block size than prefill worker "
-                f"{record.worker_id} (fingerprints {ticket.fingerprint[:12]} and {record.fingerprint[:12]})"
-            )
+        fit = decide(record, ticket)
+        if fit.kind is Kind.REFUSED:
+            raise TransferError(fit.reason)
 
     def _on_step(self, output: StepOutput) -> None:
         for row in output.outputs:

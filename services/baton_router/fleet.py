@@ -15,7 +15,7 @@ from baton.rpc import STATUS_WATCH, Rpc
 from baton_router.canary import Canary, Trial
 from baton_router.fleet_view import IndexHealth
 from baton_router.mirror import PrefixMirror
-from baton_router.placement import can_pair
+from baton_router.placement import can_pair, why_no_pair
 from baton_router.workers import RECONNECT_S, Link
 
 LEDGER_TIMEOUT_S = 2.0
@@ -70,10 +70,18 @@ class Fleet:
                 if verdict is None or not verdict.proven}  # fmt: skip
 
     def fitting_pairs(self) -> list[tuple[WorkerRecord, WorkerRecord]]:
+        return [(p, d) for p, d in self._possible_pairs() if can_pair(p, d)]
+
+    def refused_pairs(self) -> dict[tuple[WorkerId, WorkerId], str]:
+        """Pairs that do not fit, and why."""
+        reasons = {(p.worker_id, d.worker_id): why_no_pair(p, d) for p, d in self._possible_pairs()}
+        return {pair: why for pair, why in reasons.items() if why}
+
+    def _possible_pairs(self) -> list[tuple[WorkerRecord, WorkerRecord]]:
         records = [link.record for link in self.ready()]
         prefills = [record for record in records if Role.PREFILL in record.roles]
         decodes = [record for record in records if Role.DECODE in record.roles]
-        return [(p, d) for p in prefills for d in decodes if can_pair(p, d)]
+        return [(p, d) for p in prefills for d in decodes]
 
     async def blocks(self) -> dict[WorkerId, BlockLedger | BatonError]:
         """Every worker's block ledger, or why it did not answer."""

@@ -44,6 +44,10 @@ class FleetView(Protocol):
         """Pairs that fit and carry nothing, and why; "" while one is tried for the first time."""
         ...
 
+    def refused_pairs(self) -> Mapping[tuple[WorkerId, WorkerId], str]:
+        """Pairs that do not fit, and why."""
+        ...
+
     def index_health(self) -> IndexHealth: ...
 
     async def blocks(self) -> Mapping[WorkerId, BlockLedger | BatonError]:
@@ -70,16 +74,14 @@ def readiness(fleet: FleetView) -> Readiness:
         return Readiness(False, ("no decode worker is ready",))
     if Role.PREFILL not in roles:
         reasons.append("no prefill worker is ready: prompts are computed on decode workers")
-    unproven = fleet.unproven_pairs()
+    unproven = dict(fleet.unproven_pairs())
     if not fleet.pairs() and "" in unproven.values():
         return Readiness(False, ("the first pair of workers is proving itself",))
-    reasons += [f"{p} -> {d} carries nothing: {why}" for (p, d), why in unproven.items() if why]
+    silent = {**unproven, **fleet.refused_pairs()}
+    reasons += [f"{p} -> {d} carries nothing: {why}" for (p, d), why in silent.items() if why]
     serves_alone = any(set(link.record.roles) == set(Role) for link in fleet.ready())
     if Role.PREFILL in roles and not (fleet.pairs() or unproven or serves_alone):
-        reasons.append(
-            "no prefill worker fits a decode worker (model, block size or transport differ): "
-            "prompts are computed on decode workers"
-        )
+        reasons.append("no prefill worker fits a decode worker: prompts are computed on decode workers")
     index = fleet.index_health()
     if not index.healthy:
         reasons.append(

@@ -18,6 +18,7 @@ from statistics import median
 from baton.kv.block import num_blocks_for
 from baton.messages import WorkerRecord
 from baton.request import WorkerId
+from baton.transfer.handshake import Kind, decide
 
 PRESSURE_S = 0.15  # cost of a half-full pool; smg's least_load uses the same barrier and weight
 NEAR_BEST = 1.05
@@ -60,9 +61,9 @@ def place(
     rng: random.Random,
     is_proven: Callable[[WorkerRecord, WorkerRecord], bool],
 ) -> Placement | None:
-    """None when there is no decode worker. A pair needs equal fingerprints, a transport in common and a proof (see
-    canary); a worker with both roles serves alone, with nothing to send. When there is neither, a decode worker serves
-    alone."""
+    """None when there is no decode worker. A pair needs KV that fits (see handshake), a transport in common and a
+    proof (see canary); a worker with both roles serves alone, with nothing to send. When there is neither, a decode
+    worker serves alone."""
     rates = _typical_rates([*prefills, *decodes])
     num_output_tokens = min(max_tokens, EXPECTED_OUTPUT_TOKENS)
     options: list[Placement] = []
@@ -89,17 +90,31 @@ def place(
 def can_pair(prefill: WorkerRecord, decode: WorkerRecord) -> bool:
     return (
         prefill.worker_id != decode.worker_id
-        and prefill.fingerprint == decode.fingerprint
-        and prefill.block_size == decode.block_size
         and not set(prefill.transports).isdisjoint(decode.transports)
+        and decide(prefill, decode).kind is not Kind.REFUSED
     )
 
 
+def why_no_pair(prefill: WorkerRecord, decode: WorkerRecord) -> str:
+    """For people; "" where the two fit."""
+    if prefill.worker_id == decode.worker_id:
+        return ""
+    fit = decide(prefill, decode)
+    if fit.kind is Kind.REFUSED:
+        return fit.reason
+    if set(prefill.transports).isdisjoint(decode.transports):
+        return (
+            f"{prefill.worker_id} sends over {', '.join(prefill.transports)}, {decode.worker_id} receives over "
+            f"{', '.join(decode.transports)}"
+        )
+    return ""
+
+
 def _prefill_cost(prefill: Candidate, decode: Candidate, num_prompt_tokens: int, rates: _Rates) -> float:
-    block_size = prefill.record.block_size
-    num_to_send = max(0, num_blocks_for(num_prompt_tokens, block_size) - decode.num_held_blocks)
+    num_to_send = max(0, num_prompt_tokens - decode.num_held_blocks * decode.record.block_size)
+    token_bytes = prefill.record.kv_block_bytes / prefill.record.block_size
     wire = prefill.record.load.transfer_bytes_per_s or rates.transfer_bytes_per_s
-    return _compute_s(prefill, num_prompt_tokens, rates) + num_to_send * prefill.record.kv_block_bytes / wire
+    return _compute_s(prefill, num_prompt_tokens, rates) + num_to_send * token_bytes / wire
 
 
 def _compute_s(worker: Candidate, num_prompt_tokens: int, rates: _Rates) -> float:

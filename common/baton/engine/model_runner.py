@@ -21,13 +21,14 @@ from baton.engine.structured import Grammars
 from baton.errors import ConfigError, InternalError
 from baton.kv.layout import KVLayout
 from baton.kv.storage import KVStorage
-from baton.model import exact, loader
+from baton.messages import Compatibility
+from baton.model import exact, identity, loader
 from baton.model.attention import Chunk, StepAttention
 from baton.model.layers import LayerSpec, kv_layout, paged_layers, plain_layers
 from baton.model.step import planner_for, with_graphs
 from baton.model_files import resolve_model
 from baton.tokenizer import load_tokenizer
-from baton.transfer.wire import VERSION as WIRE_VERSION
+from baton.transfer.wire import VERSIONS
 
 
 class _Inputs(NamedTuple):
@@ -211,6 +212,7 @@ class _Progress:
 class LoadedModel(NamedTuple):
     runner: TorchModelRunner
     fingerprint: str
+    compatibility: Compatibility
 
 
 def load_runner(
@@ -243,7 +245,8 @@ def load_runner(
         bit_exact=engine.bit_exact,
     )
     arithmetic = exact.arithmetic() if engine.bit_exact else ""
-    return LoadedModel(runner, loader.fingerprint(directory, layout, WIRE_VERSION, arithmetic))
+    compatibility = identity.compatibility(directory, config, layout, VERSIONS, arithmetic)
+    return LoadedModel(runner, identity.fingerprint(compatibility, layout), compatibility)
 
 
 def _num_blocks(engine: EngineConfig, layout: KVLayout) -> int:

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import nn
 
 from baton.errors import ConfigError
-from baton.kv.layout import KVLayout
 from baton.kv.storage import DTYPES
 from baton.model import attention, layers
 from baton.model.mla import keep_latents
 from baton.model.support import installed_survey, installed_version
-from baton.model_files import read_json
+from baton.model_files import weight_files
 
 _log = logging.getLogger(__name__)
 
@@ -44,10 +42,6 @@ _LENGTHS = (
 
 # Buffers that old checkpoints carry and that the model computes itself.
 _HARMLESS_EXTRA = ("rotary_emb.inv_freq",)
-
-_WHOLE_FILE_BYTES = 2**30
-_SAMPLE_BYTES = 2**20
-_NUM_SAMPLES = 256
 
 
 def load_config(directory: Path, *, surveyed: bool = True) -> Any:
@@ -104,7 +98,7 @@ def load_model(directory: Path, config: Any, dtype: str, device: torch.device) -
     """In evaluation mode, on `device`, with our attention. Raises ConfigError."""
     from transformers import AutoModelForCausalLM
 
-    _weight_files(directory)
+    weight_files(directory)
     attention.register()
     try:
         with _quiet():
@@ -143,22 +137,6 @@ def learn_layers(model: nn.Module, config: Any, max_model_len: int) -> tuple[lay
         return layers.learn_layers(model, config.get_text_config(decoder=True), max_model_len)
     except ConfigError as error:
         raise _refusal(config, error.message) from error
-
-
-def fingerprint(directory: Path, layout: KVLayout, wire_version: int, arithmetic: str = "") -> str:
-    """Equal on two workers when they compute and store the same KV: 128 bit over config.json, weights, KV
-    layout, wire version and `arithmetic`, where the last bit counts.
-
-    Weight files up to 1 GiB count with all their bytes. Of larger ones the length, the first MiB (names,
-    shapes and places of the tensors) and 256 evenly spaced MiB are taken, so that no worker reads a
-    checkpoint twice to start.
-    """
-    digest = xxhash.xxh3_128(f"{wire_version}\x00{layout.describe()}\x00{arithmetic}".encode())
-    for path in (directory / "config.json", *_weight_files(directory)):
-        digest.update(f"{path.name}\x00{path.stat().st_size}\x00".encode())
-        for piece in _pieces(path):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -213,27 +191,6 @@ def _first_range(config: Any, rope: dict[str, Any]) -> int:
     return int(rope.get(name) or getattr(config, name, None) or config.max_position_embeddings)
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """In the order of their names. Raises ConfigError."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ConfigError(f"{index} has no weight_map")
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [directory / "model.safetensors"]
-    missing = [path.name for path in files if not path.is_file()]
-    if not missing:
-        return files
-    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
-        raise ConfigError(
-            f"{directory} has weights in pickle format only, which can run code when opened: convert them to "
-            "safetensors"
-        )
-    raise ConfigError(f"{directory} lacks weights: {', '.join(missing)} not found")
-
-
 def _check_weights(directory: Path, info: dict[str, Any]) -> None:
     extra = [key for key in info["unexpected_keys"] if not key.endswith(_HARMLESS_EXTRA)]
     problems = {
@@ -245,18 +202,6 @@ def _check_weights(directory: Path, info: dict[str, Any]) -> None:
         if keys:
             names = ", ".join(keys[:3]) + (" ..." if len(keys) > 3 else "")
             raise ConfigError(f"{len(keys)} weights in {directory} {problem}: {names}")
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    num_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        if num_bytes <= _WHOLE_FILE_BYTES:
-            while piece := file.read(_SAMPLE_BYTES):
-                yield piece
-            return
-        for sample in range(_NUM_SAMPLES + 1):
-            file.seek((num_bytes - _SAMPLE_BYTES) * sample // _NUM_SAMPLES)
-            yield file.read(_SAMPLE_BYTES)
 
 
 def _first_line(error: Exception) -> str:

@@ -34,8 +34,34 @@ class Load(_message.Message):
     transfer_bytes_per_s: float
     def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., transfer_bytes_per_s: _Optional[float] = ...) -> None: ...
 
+class Compatibility(_message.Message):
+    __slots__ = ("weights", "config", "tokenizer", "rope", "layers", "revision", "arithmetic", "dtype", "num_shards", "release", "wire_versions")
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    ROPE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    ARITHMETIC_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    NUM_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    WIRE_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    weights: str
+    config: str
+    tokenizer: str
+    rope: str
+    layers: str
+    revision: str
+    arithmetic: str
+    dtype: str
+    num_shards: int
+    release: str
+    wire_versions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, weights: _Optional[str] = ..., config: _Optional[str] = ..., tokenizer: _Optional[str] = ..., rope: _Optional[str] = ..., layers: _Optional[str] = ..., revision: _Optional[str] = ..., arithmetic: _Optional[str] = ..., dtype: _Optional[str] = ..., num_shards: _Optional[int] = ..., release: _Optional[str] = ..., wire_versions: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "roles", "address", "transports", "model", "fingerprint", "block_size", "num_blocks", "max_model_len", "kv_block_bytes", "draining", "load")
+    __slots__ = ("worker_id", "incarnation", "roles", "address", "transports", "model", "fingerprint", "block_size", "num_blocks", "max_model_len", "kv_block_bytes", "draining", "load", "compatibility")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLES_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +75,7 @@ class WorkerRecord(_message.Message):
     KV_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    COMPATIBILITY_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     roles: _containers.RepeatedScalarFieldContainer[Role]
@@ -62,4 +89,5 @@ class WorkerRecord(_message.Message):
     kv_block_bytes: int
     draining: bool
     load: Load
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., address: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., kv_block_bytes: _Optional[int] = ..., draining: _Optional[bool] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    compatibility: Compatibility
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., address: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., kv_block_bytes: _Optional[int] = ..., draining: _Optional[bool] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., compatibility: _Optional[_Union[Compatibility, _Mapping]] = ...) -> None: ...
