@@ -127,6 +127,9 @@ class Ticker:
         finally:
             self.open.pop(stream, None)
 
+    def drop(self, request_id: str, sample: int) -> None:
+        raise NotImplementedError
+
     def cancel(self, request_id: str) -> bool:
         return False
 

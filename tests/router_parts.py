@@ -16,7 +16,7 @@ from baton.clock import SystemClock
 from baton.engine.detokenizer import _byte_of_character
 from baton.errors import BatonError, Cancelled, Unavailable
 from baton.messages import BlockLedger, Holder, Load, Purpose, Role, WorkerRecord
-from baton.request import BlockId, FinishReason, Request, RequestId, TokenLogprobs, WorkerId
+from baton.request import BlockId, FinishReason, PromptLogprobs, Request, RequestId, TokenLogprobs, WorkerId
 from baton.tokenizer import Tokenizer
 from baton_router.fleet_view import IndexHealth
 from baton_router.front_door import FrontDoor
@@ -55,12 +55,35 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
     )
 
 
+@dataclass(frozen=True)
+class Of:
+    """Tokens or the end of one of several samples; what is not wrapped is the first one's."""
+
+    sample: int
+    said: "str | bytes | tuple[int, ...] | FinishReason"
+
+
 # One item of a script: tokens (as text, bytes or ids), an end, an error, or something to wait for.
-Step = str | bytes | tuple[int, ...] | FinishReason | Exception | asyncio.Event
+Step = str | bytes | tuple[int, ...] | FinishReason | Exception | asyncio.Event | Of
 
 
 def logprobs_of(token_id: int) -> TokenLogprobs:
     return TokenLogprobs(-token_id / 4, (EOS, token_id), (-0.5, -token_id / 4))
+
+
+def prompt_logprobs_of(request: Request) -> PromptLogprobs | None:
+    """Token i has the log probability -i / 4 and rank i; the most likely ones are 0, 1, ... at -0.5, -1, ..."""
+    num_top = request.sampling.prompt_logprobs
+    if num_top is None:
+        return None
+    scored = request.prompt_token_ids[1:]
+    top = range(num_top)
+    return PromptLogprobs(
+        tuple(-token_id / 4 for token_id in scored),
+        scored,
+        tuple(top) * len(scored),
+        tuple(-(i + 1) / 2 for i in top) * len(scored),
+    )
 
 
 @dataclass
@@ -72,6 +95,7 @@ class ScriptedGenerator:
     timeouts_s: list[float] = field(default_factory=list)
     records: dict[str, Record] = field(default_factory=dict)
     ended: list[str] = field(default_factory=list)  # ids, in the order in which their generators were closed
+    dropped: list[tuple[str, int]] = field(default_factory=list)  # samples that nobody wants more of
     num_turns_to_end: int = 0  # of the event loop, that closing takes
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _cancelled: dict[str, asyncio.Event] = field(default_factory=dict)
@@ -81,20 +105,24 @@ class ScriptedGenerator:
         self.timeouts_s.append(timeout_s)
         self._cancelled[request.request_id] = asyncio.Event()
         self.records[request.request_id] = Record(request.request_id, request.num_prompt_tokens, 0.0)
-        index = 0
+        index = [0] * request.sampling.n
+        of_prompt = prompt_logprobs_of(request)
         try:
             for step in self.script(request):
+                sample, step = (step.sample, step.said) if isinstance(step, Of) else (0, step)
                 if isinstance(step, asyncio.Event):
                     await self._wait(step, request)
                 elif isinstance(step, Exception):
                     raise step
                 elif isinstance(step, FinishReason):
-                    yield [Tokens(index, (), step)]
+                    yield [Tokens(index[sample], (), step, (), of_prompt, sample)]
                 else:
                     ids = tuple(step.encode() if isinstance(step, str) else step)
                     wanted = request.sampling.logprobs is not None
-                    yield [Tokens(index, ids, None, tuple(map(logprobs_of, ids)) if wanted else ())]
-                    index += len(ids)
+                    logprobs = tuple(map(logprobs_of, ids)) if wanted else ()
+                    yield [Tokens(index[sample], ids, None, logprobs, of_prompt, sample)]
+                    index[sample] += len(ids)
+                of_prompt = None
         finally:
             for _ in range(self.num_turns_to_end):
                 await asyncio.sleep(0)
@@ -116,6 +144,9 @@ class ScriptedGenerator:
     async def wait_until_ended(self, num: int) -> None:
         async with asyncio.timeout(30), self.changed:
             await self.changed.wait_for(lambda: len(self.ended) >= num)
+
+    def drop(self, request_id: str, sample: int) -> None:
+        self.dropped.append((request_id, sample))
 
     def cancel(self, request_id: str) -> bool:
         found = request_id in self._cancelled and request_id not in self.ended

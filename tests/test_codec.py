@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from baton import codec
 from baton import messages as m
 from baton.errors import BY_CODE, BatonError, InternalError, InvalidRequest, Overloaded
-from baton.request import FinishReason, Request, RequestId, SamplingParams, TokenLogprobs, WorkerId
+from baton.request import (
+    FinishReason,
+    PromptLogprobs,
+    Request,
+    RequestId,
+    SamplingParams,
+    TokenLogprobs,
+    WorkerId,
+)
 from baton.v1 import decode_pb2, prefill_pb2, request_pb2, router_pb2, status_pb2
 
 MESSAGES = sorted(codec.PROTOS, key=lambda cls: cls.__name__)
@@ -27,6 +35,8 @@ TICKET = m.Ticket(7, RequestId("r1"), 3, WorkerId("d0"), "tcp", "10.0.0.1:7", "f
 def messages_of(cls: type) -> st.SearchStrategy[Any]:
     if cls is m.Step:
         return steps()
+    if cls is PromptLogprobs:
+        return st.tuples(st.integers(0, 5), st.integers(0, 3)).flatmap(prompt_logprobs)
     if cls is m.RouterGenerateCall:
         return st.one_of(
             _of_fields(cls, prompt=st.none()), _of_fields(cls, prompt_token_ids=st.just(()))
@@ -62,6 +72,14 @@ def _values_of(hint: Any, descriptor: Any) -> st.SearchStrategy[Any]:
     return {str: st.text(), bool: st.booleans(), bytes: st.binary()}[hint]
 
 
+def prompt_logprobs(size: tuple[int, int]) -> st.SearchStrategy[PromptLogprobs]:
+    num, num_top = size
+    logprob = st.floats(-9999, 0, width=32)
+    uint32 = st.integers(0, 2**32 - 1)
+    columns = ((logprob, num), (uint32, num), (uint32, num * num_top), (logprob, num * num_top))
+    return st.builds(PromptLogprobs, *(st.tuples(*[value] * length) for value, length in columns))
+
+
 @st.composite
 def steps(draw: st.DrawFn) -> m.Step:
     uint32 = st.integers(0, 2**32 - 1)
@@ -70,6 +88,7 @@ def steps(draw: st.DrawFn) -> m.Step:
     with_logprobs = [i for i in range(len(rows)) if i % 7 == 3] if draw(st.booleans()) else []
     num_logprobs = sum(len(rows[i][2]) for i in with_logprobs)
     each = TokenLogprobs(draw(st.floats(-1e6, 0)), (5, 2**32 - 1), (-0.5, -9999.0))
+    of_prompts = draw(st.lists(st.tuples(uint32, prompt_logprobs((2, 1))), max_size=2))
     return m.Step(
         handles=tuple(handle for handle, _, _ in rows),
         first_index=tuple(first for _, first, _ in rows),
@@ -79,6 +98,8 @@ def steps(draw: st.DrawFn) -> m.Step:
         load=draw(messages_of(m.Load)),
         logprob_rows=tuple(with_logprobs),
         logprobs=(each,) * num_logprobs,
+        prompt_logprob_handles=tuple(handle for handle, _ in of_prompts),
+        prompt_logprobs=tuple(said for _, said in of_prompts),
     )
 
 
@@ -186,6 +207,14 @@ def _step_pb(**changed: Any) -> decode_pb2.SessionResponse:
         (m.SessionDown, _step_pb(num_tokens=[1, 2]), "token_ids"),
         (m.SessionDown, _step_pb(finished_handles=[1]), "finished_handles"),
         (m.SessionDown, _step_pb(finished_handles=[1], finished_reasons=[0]), "finished_reasons"),
+        (m.SessionDown, _step_pb(prompt_logprob_handles=[1]), "prompt_logprob_handles"),
+        (m.SessionDown, _step_pb(prompt_logprob_handles=[1], prompt_logprobs=[{"ranks": [1]}]),
+         "prompt_logprobs.ranks"),
+        (m.GenerateChunk, decode_pb2.DecodeGenerateResponse(
+            chunk={"prompt_logprobs": {"logprobs": [-1, -1], "ranks": [1, 1], "top_token_ids": [1],
+                   "top_logprobs": [-1]}}), "prompt_logprobs.top_token_ids"),
+        (m.GenerateChunk, decode_pb2.DecodeGenerateResponse(
+            chunk={"prompt_logprobs": {"logprobs": [float("-inf")], "ranks": [1]}}), "prompt_logprobs.logprobs"),
         (m.SessionDown, _step_pb(load={"decode_step_s": float("nan")}), "load.decode_step_s"),
     ],
 )  # fmt: skip

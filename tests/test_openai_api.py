@@ -289,6 +289,7 @@ NEUTRAL_BODY = {
     "logit_bias": {},
     "best_of": 1,
     "n": 1,
+    "prompt_logprobs": None,
     "tools": [],
     "tool_choice": "none",
     "response_format": {"type": "text"},
@@ -352,8 +353,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
             ("stream", "true"),
             ("stream", 1),
             ("stream_options", {"include_usage": True}),
-            ("n", 2),
             ("n", 0),
+            ("n", -1),
+            ("n", 129),
+            ("n", 1.5),
+            ("n", "2"),
             ("n", True),
             ("best_of", 2),
             ("metadata", {"a": "b"}),
@@ -371,14 +375,18 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
             ("allowed_token_ids", [VOCAB_SIZE]),
             ("bad_words", [""]),
             ("bad_words", 5),
-            ("prompt_logprobs", 1),
+            ("prompt_logprobs", -1),
+            ("prompt_logprobs", 21),
+            ("prompt_logprobs", True),
+            ("prompt_logprobs", 0.5),
             ("logprobs", "yes"),
             ("response_format", "json"),
             ("structured_outputs", {}),
             ("structured_outputs", {"regex": "a", "choice": ["b"]}),
             ("guided_choice", []),
             ("guided_regex", 5),
-            ("echo", True),
+            ("echo", 1),
+            ("echo", "yes"),
             ("user", 5),
             ("cache_salt", 5),
             ("cache_salt", "s" * 257),
@@ -388,6 +396,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
             ("model", None),
         ]
     ],
+    ("chat", {"echo": True}, "echo"),
+    ("completion", {"max_tokens": 0, "echo": False}, "max_tokens"),
     ("chat", {"tools": [{"type": "function"}]}, "tools"),
     ("chat", {"tool_choice": "required"}, "tool_choice"),
     ("chat", {"functions": [{}]}, "functions"),
@@ -768,7 +778,7 @@ async def test_metrics_count_requests_and_tokens() -> None:
     async with client_of(create_app(door, ScriptedFleet())) as client:
         await client.post(PATHS["chat"], json=CHAT)
         await client.post(PATHS["completion"], json=COMPLETION | {"stream": True})
-        await client.post(PATHS["chat"], json=CHAT | {"n": 2})
+        await client.post(PATHS["chat"], json=CHAT | {"best_of": 2})
         await client.get("/nothing/at/all")
         await client.get("/v1/models/org/other")
         response = await client.get("/metrics")

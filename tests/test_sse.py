@@ -11,7 +11,8 @@ from router_parts import EOS, LENGTH, MODEL, STOP, ScriptedFleet, ScriptedGenera
 
 from baton.errors import Cancelled, InternalError, WorkerLost
 from baton_router.app import create_app
-from baton_router.openai.sse import ChunkWriter, StreamFormat, until_disconnect
+from baton_router.openai.format import AnswerFormat
+from baton_router.openai.sse import ChunkWriter, until_disconnect
 
 CREATED = 1767225600
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "stream": True}
@@ -308,11 +309,9 @@ async def test_header_and_first_token_leave_in_one_turn_of_the_loop() -> None:
 
 
 def test_chunks_hold_any_text() -> None:
-    writer = ChunkWriter(
-        StreamFormat('id"\n', 1, "m\\ö", chat=True, include_usage=False, prompt_token_ids=None)
-    )
+    format = AnswerFormat('id"\n', 1, "m\\ö", scripted_door()[0].token_text, chat=True)
     for text in ("", '"', "\\", "\n\r\t\0", "\u2028", "東京 👍🏽", "</s>", "data: [DONE]\n\n", "\ufffd"):
-        chunk = writer.first((text, (), STOP))
+        chunk = ChunkWriter(format).write((text, (), STOP))
         *_, last = chunk.removesuffix(b"\n\n").split(b"\n\n")
         content = orjson.loads(last.removeprefix(b"data: "))
         assert content["choices"][0]["delta"]["content"] == text

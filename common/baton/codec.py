@@ -27,6 +27,7 @@ from baton.errors import BatonError, InternalError, InvalidRequest, from_code
 from baton.request import (
     FinishReason,
     Grammar,
+    PromptLogprobs,
     Request,
     SamplingParams,
     TokenBias,
@@ -258,17 +259,28 @@ def _look_up(table: Mapping[Any, Any]) -> Callable[[Any], Any]:
     return look_up
 
 
+class _PromptLogprobsPlan(_Plan):
+    def from_pb(self, pb: Any) -> PromptLogprobs:
+        if len(pb.ranks) != len(pb.logprobs):
+            raise _BadFieldError("columns of different lengths", "ranks")
+        if len(pb.top_logprobs) != len(pb.top_token_ids) or len(pb.top_token_ids) % max(1, len(pb.logprobs)):
+            raise _BadFieldError("not as many for each token", "top_token_ids")
+        said: PromptLogprobs = super().from_pb(pb)
+        return said
+
+
 class _StepPlan(_Plan):
     """One of these travels per engine step, and its pair of columns is no field of the dataclass."""
 
     def __init__(self, message_class: type) -> None:
         self._load = _plan(m.Load)
         self._logprobs = _plan(TokenLogprobs)
+        self._prompt_logprobs = _plan(PromptLogprobs)
         self._numbers = _enum_numbers(FinishReason, request_pb2.FinishReason.DESCRIPTOR)
         self._reason = _look_up({number: reason for reason, number in self._numbers.items()})
 
     def to_pb(self, message: m.Step) -> dict[str, Any]:
-        return {
+        values = {
             "handles": message.handles,
             "first_index": message.first_index,
             "num_tokens": message.num_tokens,
@@ -279,6 +291,12 @@ class _StepPlan(_Plan):
             "logprob_rows": message.logprob_rows,
             "logprobs": [self._logprobs.to_pb(each) for each in message.logprobs],
         }
+        if message.prompt_logprobs:
+            values["prompt_logprob_handles"] = message.prompt_logprob_handles
+            values["prompt_logprobs"] = [
+                self._prompt_logprobs.to_pb(each) for each in message.prompt_logprobs
+            ]
+        return values
 
     def from_pb(self, pb: Any) -> m.Step:
         handles, first_index = _column(pb.handles), _column(pb.first_index)
@@ -288,17 +306,16 @@ class _StepPlan(_Plan):
         if sum(num_tokens) != len(token_ids):
             raise _BadFieldError(f"{len(token_ids)} where the rows have {sum(num_tokens)}", "token_ids")
         finished, load = self._finished(pb), self._read_load(pb.load)
-        if not pb.logprob_rows:
+        if not pb.logprob_rows and not pb.prompt_logprob_handles:
             return m.Step(handles, first_index, num_tokens, token_ids, finished, load)
-        return m.Step(
-            handles, first_index, num_tokens, token_ids, finished, load, *self._of_rows(pb, num_tokens)
-        )
+        said = *self._of_rows(pb, num_tokens), *self._of_prompts(pb)
+        return m.Step(handles, first_index, num_tokens, token_ids, finished, load, *said)
 
     def _of_rows(
         self, pb: Any, num_tokens: tuple[int, ...]
     ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]:
         rows = _column(pb.logprob_rows)
-        if max(rows) >= len(num_tokens):
+        if rows and max(rows) >= len(num_tokens):
             raise _BadFieldError(f"there is no row {max(rows)}", "logprob_rows")
         if sum(num_tokens[row] for row in rows) != len(pb.logprobs):
             raise _BadFieldError(f"{len(pb.logprobs)} are not one per token of their rows", "logprobs")
@@ -306,6 +323,15 @@ class _StepPlan(_Plan):
             return rows, tuple(map(self._logprobs.from_pb, pb.logprobs))
         except _BadFieldError as error:
             raise error.inside("logprobs") from None
+
+    def _of_prompts(self, pb: Any) -> tuple[tuple[int, ...], tuple[PromptLogprobs, ...]]:
+        if len(pb.prompt_logprob_handles) != len(pb.prompt_logprobs):
+            raise _BadFieldError("columns of different lengths", "prompt_logprob_handles")
+        try:
+            said = tuple(map(self._prompt_logprobs.from_pb, pb.prompt_logprobs))
+        except _BadFieldError as error:
+            raise error.inside("prompt_logprobs") from None
+        return _column(pb.prompt_logprob_handles), said
 
     def _finished(self, pb: Any) -> tuple[tuple[int, FinishReason], ...]:
         if len(pb.finished_handles) != len(pb.finished_reasons):
@@ -336,12 +362,17 @@ def _plan(message_class: type) -> _Plan:
     return _WRITTEN_OUT.get(message_class, _Plan)(message_class)
 
 
-_WRITTEN_OUT: Mapping[type, type[_Plan]] = {m.Step: _StepPlan, m.RouterGenerateCall: _RouterGeneratePlan}
+_WRITTEN_OUT: Mapping[type, type[_Plan]] = {
+    m.Step: _StepPlan,
+    m.RouterGenerateCall: _RouterGeneratePlan,
+    PromptLogprobs: _PromptLogprobsPlan,
+}
 
 PROTOS: Mapping[type, type[Message]] = {
     TokenBias: request_pb2.TokenBias,
     TokenSequence: request_pb2.TokenSequence,
     TokenLogprobs: request_pb2.TokenLogprobs,
+    PromptLogprobs: request_pb2.PromptLogprobs,
     Grammar: request_pb2.Grammar,
     SamplingParams: request_pb2.SamplingParams,
     Request: request_pb2.Request,

@@ -4,7 +4,16 @@ the in-process RPC hands them over as they are, so all of them are immutable."""
 import enum
 from dataclasses import dataclass, field
 
-from baton.request import BlockId, FinishReason, Request, RequestId, SamplingParams, TokenLogprobs, WorkerId
+from baton.request import (
+    BlockId,
+    FinishReason,
+    PromptLogprobs,
+    Request,
+    RequestId,
+    SamplingParams,
+    TokenLogprobs,
+    WorkerId,
+)
 
 
 class Role(enum.StrEnum):
@@ -70,7 +79,8 @@ class WorkerRecord:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Router to decode worker. `handle` is the router's short name for the request on this session.
+    """Router to decode worker. `handle` is the router's short name on this session for the request's first sample;
+    sample k is handle + k. What concerns the whole request (Ticket, Failure, Received) is said of the first.
 
     With `remote_prefill` the worker reserves blocks and answers with a Ticket; without it the worker computes the
     prompt itself. `epoch` tells attempts at the same request apart: messages and pieces of another epoch are refused.
@@ -85,6 +95,8 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
+    """Drops one sample; with the last one whatever is under way for the request."""
+
     handle: int
 
 
@@ -110,7 +122,7 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The request behind `handle` ended with an error; its blocks are already given back."""
+    """The request behind `handle` and all its samples ended with an error; its blocks are already given back."""
 
     handle: int
     code: str
@@ -119,11 +131,12 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One engine step of one decode worker, for all requests of one session, column by column.
+    """One engine step of one decode worker, for all samples of one session, column by column.
 
-    Row i carries tokens `first_index[i] ... first_index[i] + num_tokens[i] - 1` of request `handles[i]`, counted from
+    Row i carries tokens `first_index[i] ... first_index[i] + num_tokens[i] - 1` of sample `handles[i]`, counted from
     the first generated token; `token_ids` holds all rows one after another. `finished` lists (handle, reason).
-    `logprobs` has one entry per token of the rows in `logprob_rows`, those of requests that asked for them.
+    `logprobs` has one entry per token of the rows in `logprob_rows`, those of requests that asked for them;
+    `prompt_logprobs` one for each of `prompt_logprob_handles`, requests whose first token is in this step.
     """
 
     handles: tuple[int, ...]
@@ -134,6 +147,8 @@ class Step:
     load: Load
     logprob_rows: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprob_handles: tuple[int, ...] = ()
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +187,7 @@ class PrefillResult:
     prefill_s: float
     load: Load
     logprobs: TokenLogprobs | None = None  # where the request asked for them
+    prompt_logprobs: PromptLogprobs | None = None  # likewise
     transport: str = ""  # over which the KV goes; empty when none is sent
 
 
@@ -203,6 +219,8 @@ class GenerateChunk:
     finish_reason: FinishReason | None
     text: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token where the request asked for them
+    prompt_logprobs: PromptLogprobs | None = None  # with the first token, where the request asked for them
+    sample: int = 0  # of the request's n
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """What a user asked for, after validation: immutable, torch-free, the same in every process."""
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NewType
 
 RequestId = NewType("RequestId", str)
@@ -70,6 +70,7 @@ class SamplingParams:
     logprobs: int | None = None  # of the drawn token and of that many most likely ones; None: not wanted
     prompt_logprobs: int | None = None  # the same of each prompt token but the first
     grammar: Grammar | None = None
+    n: int = 1  # answers to the one prompt, see Request.samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,31 @@ class Request:
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
 
+    def samples(self) -> "tuple[Request, ...]":
+        """One request for each answer, each as it would be asked for alone; the first has this one's id and seed. Only
+        that one says anything about the prompt."""
+        sampling = replace(self.sampling, n=1)
+        first, siblings = replace(self, sampling=sampling), replace(sampling, prompt_logprobs=None)
+        others = (
+            replace(
+                self,
+                request_id=sample_id(self.request_id, sample),
+                sampling=replace(siblings, seed=sample_seed(sampling.seed, sample)),
+            )
+            for sample in range(1, self.sampling.n)
+        )
+        return (first, *others)
+
     @property
     def stop_ids(self) -> frozenset[int]:
         eos = () if self.sampling.ignore_eos else self.eos_token_ids
         return frozenset(eos) | frozenset(self.sampling.stop_token_ids)
+
+
+def sample_id(request_id: RequestId, sample: int) -> RequestId:
+    """No user can give a request this name."""
+    return RequestId(f"{request_id}#{sample}") if sample else request_id
+
+
+def sample_seed(seed: int | None, sample: int) -> int:
+    return ((seed or 0) + sample) % 2**64

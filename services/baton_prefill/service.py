@@ -15,13 +15,13 @@ from dataclasses import dataclass, field, replace
 
 from baton.clock import Clock
 from baton.config import TransferConfig
-from baton.engine.batch import LayerProgress, StepOutput
+from baton.engine.batch import LayerProgress, SequenceOutput, StepOutput
 from baton.engine.worker import Worker
 from baton.errors import BatonError, InternalError, TransferError
 from baton.events import Emit
 from baton.kv.layout import BlockStorage
 from baton.messages import Holder, PrefillCall, PrefillResult, Ticket
-from baton.request import FinishReason, RequestId
+from baton.request import FinishReason, Request, RequestId
 from baton.rpc import PREFILL, Handlers
 from baton.transfer.base import Transport
 from baton.transfer.handshake import Kind, decide
@@ -36,7 +36,7 @@ class _Job:
     started_s: float
     first_step_s: float | None = None
     transport: str = ""  # known once there is a connection
-    done: asyncio.Future[tuple[int, FinishReason | None]] = field(
+    done: asyncio.Future[SequenceOutput] = field(  # with the first token
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
@@ -112,30 +112,30 @@ class PrefillService:
         # A callback, not a `finally` in the task: a task cancelled before its first turn never reaches its `finally`.
         pushing.add_done_callback(lambda task: self._forget(task, request.request_id))
         try:
-            result = await self._first_token(job, request.request_id)
+            result = await self._first_token(job, request)
         except BaseException:
             pushing.cancel()
             raise
-        if result.finish_reason is not None:
+        if result.finish_reason is not None and request.sampling.n == 1:
             pushing.cancel()  # one token was all: nobody needs the KV elsewhere
         return result
 
-    async def _first_token(self, job: _Job, request_id: RequestId) -> PrefillResult:
-        sequence = self._worker.engine.sequence(request_id)
-        token_id, finish_reason = await job.done
-        if finish_reason is None:
+    async def _first_token(self, job: _Job, request: Request) -> PrefillResult:
+        sequence = self._worker.engine.sequence(request.request_id)
+        first = await job.done
+        if first.finish_reason is None or request.sampling.n > 1:
             job.transport = (await self._connections.get(job.push.ticket.address)).transport
         now = self._clock.now()
         first_step_s = job.first_step_s or now
-        state = sequence.sampling_state if sequence is not None else None
         return PrefillResult(
-            token_id=token_id,
-            finish_reason=finish_reason,
+            token_id=first.token_ids[0],
+            finish_reason=first.finish_reason,
             num_cached_tokens=sequence.num_cached_tokens if sequence is not None else 0,
             queue_s=first_step_s - job.started_s,
             prefill_s=now - first_step_s,
             load=self._worker.engine.load(),
-            logprobs=state.logprobs if state is not None else None,
+            logprobs=first.logprobs[0] if first.logprobs else None,
+            prompt_logprobs=first.prompt_logprobs,
             transport=job.transport,
         )
 
@@ -164,7 +164,7 @@ class PrefillService:
                 )
             elif row.token_ids:
                 job.push.finish(row.token_ids[0], sequence.block_table)
-                job.done.set_result((row.token_ids[0], row.finish_reason))
+                job.done.set_result(row)
             else:
                 job.push.computed(row.num_computed_tokens, sequence.block_table)
 

@@ -107,7 +107,7 @@ class Canary:
         """Two full blocks and a partial one, where the model takes that many; never the same prefix twice, so that
         every block is computed and sent."""
         self._num_trials += 1
-        name = f"canary-{self._num_trials}"
+        name = f"#canary-{self._num_trials}"  # no user can give a request this name
         num_tokens = max(1, min(2 * decode.block_size + 5, decode.max_model_len - NUM_TOKENS))
         rng = random.Random(0)
         prompt = tuple(rng.randrange(1, SMALLEST_VOCABULARY) for _ in range(num_tokens))

@@ -7,14 +7,18 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from baton.errors import BatonError
-from baton.request import FinishReason, Request, TokenLogprobs
+from baton.request import FinishReason, PromptLogprobs, Request, TokenLogprobs
 
 
 class Tokens(NamedTuple):
-    first_index: int  # of these among all generated tokens, from 0
+    """Of one sample of a request."""
+
+    first_index: int  # of these among all its generated tokens, from 0
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token where the request asked for them
+    prompt_logprobs: PromptLogprobs | None = None  # before all others, where the request asked for them
+    sample: int = 0
 
 
 @dataclass(slots=True)
@@ -99,9 +103,13 @@ class Generator(Protocol):
     """What the front doors need of the pipeline."""
 
     def generate(self, request: Request, *, timeout_s: float) -> AsyncGenerator[list[Tokens], None]:
-        """Tokens in order, several steps' worth per item when the reader was slow; the last item ends with a finish
-        reason. Raises BatonError (Overloaded, Unavailable, DeadlineExceeded, ...) before or between items. Closing
-        the generator early cancels the request everywhere."""
+        """Tokens in order, several steps' worth per item when the reader was slow; the last of each sample with a
+        finish reason. Raises BatonError (Overloaded, Unavailable, DeadlineExceeded, ...) before or between items.
+        Closing the generator early cancels the request everywhere."""
+        ...
+
+    def drop(self, request_id: str, sample: int) -> None:
+        """Nobody wants more of this one of several; what is under way of it may still come."""
         ...
 
     def cancel(self, request_id: str) -> bool:

@@ -16,9 +16,10 @@ from baton.messages import (
 )
 from baton.request import SamplingParams
 from baton.rpc import ROUTER_CANCEL, ROUTER_GENERATE, ROUTER_LIST_WORKERS, Handlers
+from baton_router.answer import CLIENT_GONE
 from baton_router.app import REQUEST_ID
 from baton_router.fleet_view import FleetView
-from baton_router.front_door import CLIENT_GONE, FrontDoor
+from baton_router.front_door import FrontDoor
 from baton_router.openai.schema import SamplingFields, validate
 
 ENDPOINT = "baton.v1.Router/Generate"
@@ -62,10 +63,15 @@ class RouterService:
         timeout_s = min(call.deadline_s, self._door.request_timeout_s)
         async with self._door.answer(request, arrival_s=arrival_s, timeout_s=timeout_s) as answer:
             async for items in answer.tokens:
-                first_index = answer.num_output_tokens
-                text, token_ids, finish_reason = answer.read(items)
-                yield GenerateChunk(first_index, token_ids, finish_reason, text, answer.logprobs)
-                if finish_reason is not None:
+                is_first = not answer.num_output_tokens
+                for choice, (text, token_ids, finish_reason) in answer.read(items):
+                    first_index = choice.num_output_tokens - len(token_ids)
+                    prompt_logprobs = answer.prompt_logprobs if is_first and not choice.index else None
+                    yield GenerateChunk(
+                        first_index, token_ids, finish_reason, text, choice.logprobs, prompt_logprobs,
+                        choice.index,
+                    )  # fmt: skip
+                if answer.is_finished:
                     break
 
     async def cancel(self, call: CancelCall) -> CancelResult:
@@ -105,7 +111,7 @@ class RouterService:
         max_tokens = self._door.max_tokens(num_prompt_tokens, asked.max_tokens, None, "prompt")
         seed = self._door.draw_seed() if asked.seed is None else asked.seed
         sampling = dataclasses.replace(fields.sampling(max_tokens, seed), **values)
-        self._door.check_sampling(sampling)
+        self._door.check_sampling(sampling, num_prompt_tokens)
         return sampling
 
 

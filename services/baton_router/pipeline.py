@@ -27,13 +27,14 @@ from baton.errors import (
 )
 from baton.events import Emit
 from baton.kv.block import BlockHash, block_hashes, root_hash
-from baton.messages import PrefillCall, Role, Ticket
+from baton.messages import PrefillCall, PrefillResult, Role, Ticket
 from baton.request import Request, WorkerId
 from baton_router.admission import Admission
 from baton_router.fleet import Fleet
 from baton_router.generation import Record, Tokens, TokenStream
 from baton_router.placement import Candidate, Placement, place
-from baton_router.workers import Attempt, Link
+from baton_router.session import Attempt, Session
+from baton_router.workers import Link
 
 MAX_RECORDS = 512
 
@@ -53,6 +54,7 @@ class Pipeline:
         self._emit = emit
         self.admission = Admission(config.max_num_requests)
         self._streams: dict[str, TokenStream] = {}
+        self._attempts: dict[str, tuple[Session, Attempt]] = {}
         self._records: OrderedDict[str, Record] = OrderedDict()
 
     # --- what the front doors call ---
@@ -73,6 +75,11 @@ class Pipeline:
                 await asyncio.gather(serving, return_exceptions=True)
                 del self._streams[request.request_id]
                 self._close_record(record)
+
+    def drop(self, request_id: str, sample: int) -> None:
+        if (found := self._attempts.get(request_id)) is not None:
+            session, attempt = found
+            session.drop(attempt, sample)
 
     def cancel(self, request_id: str) -> bool:
         stream = self._streams.get(request_id)
@@ -137,6 +144,7 @@ class Pipeline:
     ) -> None:
         session, request = decode.session, chains.request
         attempt = session.submit(request, stream, epoch=1, remote_prefill=True, deadline_s=timeout_s)
+        self._attempts[request.request_id] = session, attempt
         try:
             ticket = await self._ticket(attempt)
             record.ticket_s = self._clock.now()
@@ -146,27 +154,30 @@ class Pipeline:
             result = await _while_alive(attempt, prefill.prefill(call, call.deadline_s))
             record.num_cached_tokens_prefill = result.num_cached_tokens
             record.transport = result.transport or None
-            logprobs = (result.logprobs,) if result.logprobs is not None else ()
-            stream.push(Tokens(0, (result.token_id,), result.finish_reason, logprobs))
-            if result.finish_reason is not None:
+            attempt.start_stream(_first_tokens(result))
+            if attempt.finished.done():
                 return
             prefill.depend(attempt)
             attempt.received.add_done_callback(lambda _: self._note_transfer(record, attempt))
-            attempt.start_stream()
             await attempt.finished
         finally:
-            session.cancel(attempt)
+            self._end_attempt(session, attempt)
 
     async def _run_alone(
         self, request: Request, record: Record, stream: TokenStream, decode: Link, timeout_s: float
     ) -> None:
         session = decode.session
         attempt = session.submit(request, stream, epoch=1, remote_prefill=False, deadline_s=timeout_s)
+        self._attempts[request.request_id] = session, attempt
         attempt.start_stream()
         try:
             await attempt.finished
         finally:
-            session.cancel(attempt)
+            self._end_attempt(session, attempt)
+
+    def _end_attempt(self, session: Session, attempt: Attempt) -> None:
+        self._attempts.pop(attempt.request.request_id, None)
+        session.cancel(attempt)
 
     def _place(self, chains: "_Chains", record: Record) -> tuple[Link | None, Link]:
         """Raises Unavailable when nobody could serve it."""
@@ -274,6 +285,11 @@ class _Chains:
             root = root_hash(fingerprint, block_size, self.request.cache_salt)
             self._hashes[kind] = block_hashes(root, self.request.prompt_token_ids, block_size)
         return self._hashes[kind]
+
+
+def _first_tokens(result: PrefillResult) -> Tokens:
+    logprobs = (result.logprobs,) if result.logprobs is not None else ()
+    return Tokens(0, (result.token_id,), result.finish_reason, logprobs, result.prompt_logprobs)
 
 
 def _candidate(link: Link, held: dict[WorkerId, int]) -> Candidate:

@@ -210,6 +210,10 @@ class Engine:
         return self._kv.num_blocks
 
     @property
+    def max_num_seqs(self) -> int:
+        return self._config.max_num_seqs
+
+    @property
     def num_sequences(self) -> int:
         """Requests that are here in any state."""
         return len(self._sequences)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from baton.errors import InternalError, RequestTooLarge
 from baton.request import PromptLogprobs, SamplingParams
 
-# Of one request: as many as 128 ki tokens have with the most likely other one. About 16 MB of JSON.
+# In one answer: as many as 128 ki tokens have with the most likely other one. About 16 MB of JSON.
 MAX_VALUES = 2**18
 
 
@@ -60,10 +60,11 @@ def check_prompt_scores(params: SamplingParams, num_prompt_tokens: int) -> None:
     """Raises RequestTooLarge."""
     if params.prompt_logprobs is None:
         return
-    num_values = num_prompt_tokens * (params.prompt_logprobs + 1)
+    num_values = num_prompt_tokens * (params.prompt_logprobs + 1) * params.n
     if num_values > MAX_VALUES:
         raise RequestTooLarge(
-            f"{num_prompt_tokens} prompt tokens with {params.prompt_logprobs} log probabilities and their own are "
-            f"{num_values} numbers; at most {MAX_VALUES} are given: ask for fewer, or in several requests",
+            f"{num_prompt_tokens} prompt tokens with {params.prompt_logprobs} log probabilities and their own, in each "
+            f"of n = {params.n} choices, are {num_values} numbers; at most {MAX_VALUES} are given: ask for fewer, or "
+            "in several requests",
             param="prompt_logprobs",
         )

@@ -62,7 +62,7 @@ class Failure(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("handles", "first_index", "num_tokens", "token_ids", "finished_handles", "finished_reasons", "load", "logprob_rows", "logprobs")
+    __slots__ = ("handles", "first_index", "num_tokens", "token_ids", "finished_handles", "finished_reasons", "load", "logprob_rows", "logprobs", "prompt_logprob_handles", "prompt_logprobs")
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +72,8 @@ class Step(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_ROWS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROB_HANDLES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     handles: _containers.RepeatedScalarFieldContainer[int]
     first_index: _containers.RepeatedScalarFieldContainer[int]
     num_tokens: _containers.RepeatedScalarFieldContainer[int]
@@ -81,7 +83,9 @@ class Step(_message.Message):
     load: _worker_pb2.Load
     logprob_rows: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_request_pb2.TokenLogprobs]
-    def __init__(self, handles: _Optional[_Iterable[int]] = ..., first_index: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finished_handles: _Optional[_Iterable[int]] = ..., finished_reasons: _Optional[_Iterable[_Union[_request_pb2.FinishReason, str]]] = ..., load: _Optional[_Union[_worker_pb2.Load, _Mapping]] = ..., logprob_rows: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_request_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    prompt_logprob_handles: _containers.RepeatedScalarFieldContainer[int]
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_request_pb2.PromptLogprobs]
+    def __init__(self, handles: _Optional[_Iterable[int]] = ..., first_index: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finished_handles: _Optional[_Iterable[int]] = ..., finished_reasons: _Optional[_Iterable[_Union[_request_pb2.FinishReason, str]]] = ..., load: _Optional[_Union[_worker_pb2.Load, _Mapping]] = ..., logprob_rows: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_request_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_logprob_handles: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_request_pb2.PromptLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Received(_message.Message):
     __slots__ = ("handle", "num_blocks", "num_bytes", "seconds")

@@ -19,7 +19,7 @@ class PrefillRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[_request_pb2.Request, _Mapping]] = ..., ticket: _Optional[_Union[_ticket_pb2.Ticket, _Mapping]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
-    __slots__ = ("token_id", "finish_reason", "num_cached_tokens", "queue_s", "prefill_s", "load", "logprobs", "transport")
+    __slots__ = ("token_id", "finish_reason", "num_cached_tokens", "queue_s", "prefill_s", "load", "logprobs", "prompt_logprobs", "transport")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class PrefillResponse(_message.Message):
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     finish_reason: _request_pb2.FinishReason
@@ -35,5 +36,6 @@ class PrefillResponse(_message.Message):
     prefill_s: float
     load: _worker_pb2.Load
     logprobs: _request_pb2.TokenLogprobs
+    prompt_logprobs: _request_pb2.PromptLogprobs
     transport: str
-    def __init__(self, token_id: _Optional[int] = ..., finish_reason: _Optional[_Union[_request_pb2.FinishReason, str]] = ..., num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., load: _Optional[_Union[_worker_pb2.Load, _Mapping]] = ..., logprobs: _Optional[_Union[_request_pb2.TokenLogprobs, _Mapping]] = ..., transport: _Optional[str] = ...) -> None: ...
+    def __init__(self, token_id: _Optional[int] = ..., finish_reason: _Optional[_Union[_request_pb2.FinishReason, str]] = ..., num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., load: _Optional[_Union[_worker_pb2.Load, _Mapping]] = ..., logprobs: _Optional[_Union[_request_pb2.TokenLogprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[_request_pb2.PromptLogprobs, _Mapping]] = ..., transport: _Optional[str] = ...) -> None: ...

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from fastapi import APIRouter, Request
@@ -16,14 +16,21 @@ import baton
 from baton.errors import BatonError, Cancelled, ModelNotFound
 from baton.messages import BlockLedger, WorkerRecord
 from baton.request import Request as BatonRequest
-from baton.request import TokenLogprobs
+from baton_router.answer import Answer
 from baton_router.fleet_view import FleetView, readiness, transports_in_use
-from baton_router.front_door import Answer, FrontDoor
+from baton_router.front_door import FrontDoor
 from baton_router.openai import schema
-from baton_router.openai.logprobs import LogprobsFormat
-from baton_router.openai.sse import EventStream, Exchange, StreamFormat, until_disconnect
+from baton_router.openai.format import AnswerFormat
+from baton_router.openai.sse import EventStream, Exchange, until_disconnect
+from baton_router.openai.whole import whole_answer
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+
+
+class _Prompt(NamedTuple):
+    token_ids: Sequence[int]
+    param: str  # the field it came in
+    echo: str | None = None  # its text, where that is part of the answer
 
 
 class Api:
@@ -72,65 +79,77 @@ class Api:
         body = schema.parse(schema.ChatCompletionRequest, await self._read_body(request))
         self._door.check_model(body.model)
         prompt = await self._door.tokenizer.encode_chat_async(body.template_messages())
-        return await self._answer(request, body, prompt, "messages", body.limit, None)
+        return await self._answer(request, body, _Prompt(prompt, "messages"), body.limit, None)
 
     async def completions(self, request: Request) -> Response:
         body = schema.parse(schema.CompletionRequest, await self._read_body(request))
         self._door.check_model(body.model)
-        prompt = body.prompt
-        if isinstance(prompt, str):
+        if isinstance(body.prompt, str):
             special = body.add_special_tokens is not False
-            prompt = await self._door.tokenizer.encode_async(prompt, special)
-        return await self._answer(request, body, prompt, "prompt", body.max_tokens, DEFAULT_COMPLETION_TOKENS)
+            token_ids, text = await self._door.tokenizer.encode_async(body.prompt, special), body.prompt
+        else:
+            token_ids, text = body.prompt, None
+        self._door.check_prompt(token_ids, "prompt")
+        if body.echo:
+            text = self._door.tokenizer.decode(token_ids) if text is None else text
+        prompt = _Prompt(token_ids, "prompt", text if body.echo else None)
+        return await self._answer(request, body, prompt, body.limit, DEFAULT_COMPLETION_TOKENS)
 
     async def _answer(
         self,
         http: Request,
         body: schema.ApiRequest,
-        prompt: Sequence[int],
-        param: str,
+        prompt: "_Prompt",
         limit: int | None,
         default: int | None,
     ) -> Response:
         door, exchange = self._door, _exchange(http)
-        door.check_prompt(prompt, param)
+        door.check_prompt(prompt.token_ids, prompt.param)
         door.check_stop_token_ids(body.stop_token_ids or ())
-        max_tokens = door.max_tokens(len(prompt), limit, default, param)
+        num_prompt_tokens = len(prompt.token_ids)
+        max_tokens = door.max_tokens(num_prompt_tokens, limit, default, prompt.param)
         sampling = replace(
             body.sampling(max_tokens, door.draw_seed()),
             logit_bias=body.biases,
             bad_words=door.bad_words(body.bad_words or ()),
             logprobs=body.num_logprobs,
+            prompt_logprobs=body.num_of_prompt,
             grammar=body.grammar,
         )
-        door.check_sampling(sampling)
-        request = door.request(exchange.request_id, prompt, sampling, body.cache_salt or "")
+        door.check_sampling(sampling, num_prompt_tokens)
+        request = door.request(exchange.request_id, prompt.token_ids, sampling, body.cache_salt or "")
         user = body.user or body.safety_identifier
 
         def open_answer() -> Answer:
-            return door.answer(request, arrival_s=exchange.arrival_s, user=user)
+            return door.answer(
+                request, arrival_s=exchange.arrival_s, user=user, prompt_only=body.is_about_prompt
+            )
 
-        def format_of(request: BatonRequest) -> StreamFormat:
-            return self._format(body, request)
+        def format_of(request: BatonRequest) -> AnswerFormat:
+            return self._format(body, request, prompt.echo)
 
         if body.stream:
-            return EventStream(open_answer, format_of, _usage)
+            return EventStream(open_answer, format_of)
         try:
-            return await until_disconnect(http.receive, _whole(open_answer(), format_of))
+            content = await until_disconnect(http.receive, whole_answer(open_answer(), format_of))
+            return Response(content, media_type="application/json")
         except Cancelled:
             exchange.status = Cancelled.status
             raise
 
-    def _format(self, body: schema.ApiRequest, request: BatonRequest) -> StreamFormat:
+    def _format(self, body: schema.ApiRequest, request: BatonRequest, echo: str | None) -> AnswerFormat:
         chat = isinstance(body, schema.ChatCompletionRequest)
-        return StreamFormat(
+        return AnswerFormat(
             id=("chatcmpl-" if chat else "cmpl-") + request.request_id,
             created=int(self._door.clock.wall()),
             model=body.model,
+            token_text=self._door.token_text,
             chat=chat,
             include_usage=body.include_usage,
             prompt_token_ids=request.prompt_token_ids if body.return_token_ids else None,
-            logprobs=None if body.num_logprobs is None else LogprobsFormat(self._door.token_text, chat=chat),
+            num_logprobs=body.num_logprobs,
+            num_prompt_logprobs=body.prompt_logprobs,
+            echo=echo,
         )
 
     async def _read_body(self, request: Request) -> bytes:
@@ -217,47 +236,6 @@ class Api:
             raise HTTPException(404, f"request {request_id!r} is not one of the latest")
         derived = {"ttft_s": record.ttft_s, "mean_itl_s": record.mean_itl_s}
         return _json(dataclasses.asdict(record) | derived)
-
-
-async def _whole(opening: Answer, format_of: Callable[[BatonRequest], StreamFormat]) -> Response:
-    """The answer in one piece."""
-    texts: list[str] = []
-    token_ids: list[int] = []
-    logprobs: list[TokenLogprobs] = []
-    async with opening as answer:
-        async for items in answer.tokens:
-            text, new_ids, finish_reason = answer.read(items)
-            texts.append(text)
-            token_ids += new_ids
-            logprobs += answer.logprobs
-            if finish_reason is not None:
-                break
-    usage = _usage(answer)
-    format = format_of(answer.request)
-    content: dict[str, Any] = {"id": format.id, "created": format.created, "model": format.model}
-    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": answer.finish_reason}
-    if format.logprobs is not None:
-        choice["logprobs"] = format.logprobs.render(token_ids, logprobs)
-    text = "".join(texts)
-    if format.prompt_token_ids is not None:
-        choice["token_ids"] = token_ids
-        (content if format.chat else choice)["prompt_token_ids"] = format.prompt_token_ids
-    if format.chat:
-        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-    else:
-        choice["text"] = text
-    kind = "chat.completion" if format.chat else "text_completion"
-    return _json(content | {"object": kind, "choices": [choice], "usage": usage})
-
-
-def _usage(answer: Answer) -> dict[str, Any]:
-    num_prompt, num_output = answer.request.num_prompt_tokens, answer.num_output_tokens
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_output,
-        "total_tokens": num_prompt + num_output,
-        "prompt_tokens_details": {"cached_tokens": answer.num_cached_tokens},
-    }
 
 
 def _ledger(ledger: BlockLedger | BatonError) -> dict[str, Any]:

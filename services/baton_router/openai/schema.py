@@ -31,6 +31,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_BIASES = 1024
+MAX_SAMPLES = 128  # and what the worker runs at the same time
 MAX_BIAS = 100
 MAX_ALLOWED_TOKEN_IDS = 65536
 SEEDS = 2**64
@@ -41,9 +42,7 @@ NEUTRAL_IN_ALL: Neutral = {
     "include_stop_str_in_output": (None, False),
     "length_penalty": (None, 1),
     "metadata": (None, {}),
-    "n": (None, 1),
     "priority": (None, 0),
-    "prompt_logprobs": (None,),
     "skip_special_tokens": (None, True),
     "spaces_between_special_tokens": (None, True),
     "truncate_prompt_tokens": (None,),
@@ -71,7 +70,7 @@ NEUTRAL_IN_CHAT: Neutral = NEUTRAL_IN_ALL | {
     "verbosity": (None,),
     "web_search_options": (None,),
 }
-NEUTRAL_IN_COMPLETIONS: Neutral = NEUTRAL_IN_ALL | {"echo": (None, False), "suffix": (None, "")}
+NEUTRAL_IN_COMPLETIONS: Neutral = NEUTRAL_IN_ALL | {"suffix": (None, "")}
 # Clients give an assistant's answer back as they got it.
 NEUTRAL_IN_MESSAGES: Neutral = {
     "annotations": (None, []),
@@ -166,6 +165,8 @@ class SamplingFields(Strict):
         Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)]
         | None
     ) = None
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     def sampling(self, max_tokens: int, drawn_seed: int) -> SamplingParams:
         """`max_tokens` and `drawn_seed` stand in for what the request left out."""
@@ -185,6 +186,8 @@ class SamplingFields(Strict):
             repetition_penalty=1.0 if self.repetition_penalty is None else float(self.repetition_penalty),
             min_tokens=self.min_tokens or 0,
             allowed_token_ids=tuple(self.allowed_token_ids or ()),
+            n=self.n or 1,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -261,6 +264,16 @@ class ApiRequest(SamplingFields):
         raise NotImplementedError
 
     @property
+    def num_of_prompt(self) -> int | None:
+        """Log probabilities of the prompt's tokens, for whatever part of the answer."""
+        return self.prompt_logprobs
+
+    @property
+    def is_about_prompt(self) -> bool:
+        """Nothing is to be generated."""
+        return False
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -335,10 +348,33 @@ class CompletionRequest(ApiRequest):
     prompt: Annotated[str | list[int], BeforeValidator(_prompt), _TEXT_OR_TOKEN_IDS]
     add_special_tokens: bool | None = None  # to a prompt of text; true when absent
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def _something_to_say(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError(
+                "max_tokens", "must be at least 1 where echo is not true", {"field": "max_tokens"}
+            )
+        return self
 
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_of_prompt(self) -> int | None:
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((number for number in wanted if number is not None), default=None)
+
+    @property
+    def is_about_prompt(self) -> bool:
+        return self.max_tokens == 0
+
+    @property
+    def limit(self) -> int | None:
+        return 1 if self.is_about_prompt else self.max_tokens
 
 
 RequestT = TypeVar("RequestT", bound=Strict)
@@ -385,6 +421,14 @@ class Usage(BaseModel):
     prompt_tokens_details: dict[str, int]
 
 
+class PromptToken(BaseModel):
+    """One of those that could have been in the place of a prompt token."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class AssistantMessage(BaseModel):
     role: Literal["assistant"]
     content: str
@@ -407,6 +451,7 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[str, PromptToken] | None] | None = None
 
 
 class CompletionChoice(BaseModel):
@@ -416,6 +461,7 @@ class CompletionChoice(BaseModel):
     finish_reason: str
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[str, PromptToken] | None] | None = None
 
 
 class Completion(BaseModel):

@@ -20,9 +20,9 @@ from starlette.types import Receive, Scope, Send
 from baton.engine.detokenizer import Delta
 from baton.errors import BatonError, Cancelled
 from baton.request import Request, TokenLogprobs
-from baton_router.front_door import CLIENT_GONE, Answer
+from baton_router.answer import CLIENT_GONE, Answer
 from baton_router.openai.errors import BUG, error_body, response_to
-from baton_router.openai.logprobs import LogprobsFormat
+from baton_router.openai.format import PLAIN, AnswerFormat, ChoiceStart, choice_starts, usage
 
 log = logging.getLogger(__name__)
 
@@ -47,21 +47,8 @@ class Exchange:
     is_complete: bool = False  # its last byte is sent, and the server says "disconnect" because of that
 
 
-@dataclass(frozen=True, slots=True)
-class StreamFormat:
-    """What a stream of this request looks like."""
-
-    id: str
-    created: int
-    model: str
-    chat: bool
-    include_usage: bool
-    prompt_token_ids: tuple[int, ...] | None  # None: token ids were not asked for
-    logprobs: LogprobsFormat | None = None
-
-
 class ChunkWriter:
-    """Deltas to the bytes of events."""
+    """Deltas of one choice to the bytes of events."""
 
     __slots__ = (
         "_after_text",
@@ -69,53 +56,77 @@ class ChunkWriter:
         "_before_text",
         "_end",
         "_format",
+        "_has_begun",
+        "_index",
+        "_is_plain",
         "_opening",
+        "_start",
         "_tail",
         "_usage_null",
-        "_with_token_ids",
     )
 
-    def __init__(self, format: StreamFormat) -> None:
+    def __init__(self, format: AnswerFormat, start: ChoiceStart = PLAIN, index: int = 0) -> None:
         self._format = format
+        self._start = start
+        self._has_begun = False
+        self._is_plain = False  # has begun, and its chunks are text and nothing else
         kind = "chat.completion.chunk" if format.chat else "text_completion"
         common = {"id": format.id, "object": kind, "created": format.created, "model": format.model}
         self._opening = b"data: " + orjson.dumps(common)[:-1] + b',"choices":['
-        self._before_text = self._opening + (
-            b'{"index":0,"delta":{"content":' if format.chat else b'{"index":0,"text":'
-        )
+        self._index = b'{"index":%d,' % index
+        key = b'"delta":{"content":' if format.chat else b'"text":'
+        self._before_text = self._opening + self._index + key
         self._before_logprobs = (b"}" if format.chat else b"") + b',"logprobs":'
         self._after_text = self._before_logprobs + b'null,"finish_reason":'
         self._usage_null = b',"usage":null' if format.include_usage else b""
         self._end = b"}]" + self._usage_null + b"}\n\n"
         self._tail = self._after_text + b"null" + self._end
-        self._with_token_ids = format.prompt_token_ids is not None
 
-    def first(self, delta: Delta, logprobs: Sequence[TokenLogprobs] = ()) -> bytes:
-        """The first chunk; in a chat after one that says whose turn it is."""
-        prompt = b""
-        if self._with_token_ids:
-            prompt = b',"prompt_token_ids":' + orjson.dumps(self._format.prompt_token_ids)
-        if not self._format.chat:
-            return self._chunk(delta, logprobs, prompt)
-        choice = (
-            b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
-        )
-        return self._opening + choice + prompt + self._usage_null + b"}\n\n" + self.chunk(delta, logprobs)
-
-    def chunk(self, delta: Delta, logprobs: Sequence[TokenLogprobs] = ()) -> bytes:
+    def write(self, delta: Delta, logprobs: Sequence[TokenLogprobs] = ()) -> bytes:
         """b"" when there is nothing to say."""
-        text, _, finish_reason = delta
-        if finish_reason is None and not self._with_token_ids and not logprobs:
+        text, token_ids, finish_reason = delta
+        if self._is_plain and finish_reason is None:  # nearly always
             return self._before_text + orjson.dumps(text) + self._tail if text else b""
+        if not self._has_begun:
+            return self._first(delta, logprobs)
+        if finish_reason is None and not text and not token_ids:
+            return b""
         return self._chunk(delta, logprobs)
+
+    def _first(self, delta: Delta, logprobs: Sequence[TokenLogprobs]) -> bytes:
+        """The first chunk; in a chat after one that says whose turn it is."""
+        self._has_begun = True
+        self._is_plain = self._format.prompt_token_ids is None and self._start.logprobs is None
+        prompt = self._of_prompt()
+        if not self._format.chat:
+            text, token_ids, finish_reason = delta
+            return self._chunk((self._start.echo + text, token_ids, finish_reason), logprobs, prompt)
+        turn = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
+        return (
+            self._opening
+            + self._index
+            + turn
+            + prompt
+            + self._usage_null
+            + b"}\n\n"
+            + self.write(delta, logprobs)
+        )
+
+    def _of_prompt(self) -> bytes:
+        found = b""
+        if self._format.prompt_token_ids is not None:
+            found = b',"prompt_token_ids":' + orjson.dumps(self._format.prompt_token_ids)
+        if self._start.prompt_logprobs:
+            found += b',"prompt_logprobs":' + self._start.prompt_logprobs
+        return found
 
     def _chunk(self, delta: Delta, logprobs: Sequence[TokenLogprobs], extra: bytes = b"") -> bytes:
         text, token_ids, finish_reason = delta
         after_text = self._after_text
-        if self._format.logprobs is not None and logprobs:
-            rendered = orjson.dumps(self._format.logprobs.render(token_ids, logprobs))
+        if self._start.logprobs is not None:
+            rendered = orjson.dumps(self._start.logprobs.render(token_ids, logprobs))
             after_text = self._before_logprobs + rendered + b',"finish_reason":'
-        if self._with_token_ids:
+        if self._format.prompt_token_ids is not None:
             extra += b',"token_ids":' + orjson.dumps(token_ids)
         choice = (self._before_text, orjson.dumps(text), after_text, orjson.dumps(finish_reason), extra)
         return b"".join(choice) + self._end
@@ -132,12 +143,10 @@ class EventStream(Response):
     def __init__(
         self,
         open_answer: Callable[[], AbstractAsyncContextManager[Answer]],
-        format_of: Callable[[Request], StreamFormat],
-        usage: Callable[[Answer], dict[str, Any]],
+        format_of: Callable[[Request], AnswerFormat],
     ) -> None:
         self._open_answer = open_answer
         self._format_of = format_of
-        self._usage = usage
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -149,21 +158,24 @@ class EventStream(Response):
             exchange.status = CLIENT_GONE
 
     async def _run(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        writers: list[ChunkWriter] = []
         has_begun = False
         try:
             async with self._open_answer() as answer:
-                writer = ChunkWriter(self._format_of(answer.request))
                 async for items in answer.tokens:
-                    delta = answer.read(items)
-                    if has_begun:
-                        chunk = writer.chunk(delta, answer.logprobs)
-                    else:
+                    read = answer.read(items)
+                    if not has_begun:
+                        writers = await self._writers(answer)
                         has_begun = True
                         await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS]})
-                        chunk = writer.first(delta, answer.logprobs)
-                    if delta[2] is not None:
+                    if len(read) == 1:  # nearly always
+                        [(choice, delta)] = read
+                        chunk = writers[choice.index].write(delta, choice.logprobs)
+                    else:
+                        chunk = b"".join([writers[c.index].write(delta, c.logprobs) for c, delta in read])
+                    if answer.is_finished:
                         exchange.is_complete = True
-                        chunk += writer.usage(self._usage(answer)) + DONE
+                        chunk += writers[0].usage(usage(answer)) + DONE
                         await exchange.send({"type": "http.response.body", "body": chunk, "more_body": False})
                         break
                     if chunk:
@@ -180,6 +192,11 @@ class EventStream(Response):
                 await exchange.send(
                     {"type": "http.response.body", "body": error_events(error), "more_body": False}
                 )
+
+    async def _writers(self, answer: Answer) -> list[ChunkWriter]:
+        format = self._format_of(answer.request)
+        starts = await choice_starts(format, answer)
+        return [ChunkWriter(format, start, index) for index, start in enumerate(starts)]
 
 
 def error_events(error: BatonError) -> bytes:

@@ -1,0 +1,274 @@
+"""One router's requests on this worker: what it submits, and what it hears of them.
+
+    Submit (remote) --> engine.reserve --admitted--> Ticket --> KV arrives (receive.py) --> engine.activate --> Steps
+    Submit (local)  --> engine.add ----------------------------------------------------------------------> Steps
+                        n > 1: engine.fork for each further sample; they wait for the first one's prompt
+    Cancel, or the session's end --> the request's task is cancelled --> pieces drained --> engine.abort
+
+Each request is one task, from Submit until it runs by itself in the engine; that task is the only one that gives the
+request's blocks back while they are reserved. Its samples are sequences of their own in the engine, and end one by one;
+the first is kept until the KV is there, because the others take the prompt's blocks from it. Each engine step becomes
+one Step message.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from baton.clock import Clock
+from baton.config import TransferConfig
+from baton.engine.batch import SequenceOutput, StepOutput
+from baton.engine.samples import begin_samples
+from baton.engine.worker import Worker
+from baton.errors import BatonError, DeadlineExceeded, InternalError
+from baton.events import Emit
+from baton.kv.block import num_blocks_for
+from baton.messages import Cancel, Failure, Heartbeat, Received, SessionDown, SessionUp, Step, Submit, Ticket
+from baton.request import FinishReason, RequestId
+from baton_decode.receive import Receiver
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What all sessions of a worker share."""
+
+    worker: Worker
+    receiver: Receiver
+    transport_name: str
+    transport_address: str
+    config: TransferConfig
+    clock: Clock
+    emit: Emit
+    heartbeat_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One request."""
+
+    handle: int  # of the first sample, and of what concerns the request
+    request_ids: tuple[RequestId, ...]  # of all samples; the first is the request's own
+    num_running: int  # samples that have not ended
+    admitted: asyncio.Event = field(default_factory=asyncio.Event)
+    starting: asyncio.Task[None] | None = None  # until it runs by itself in the engine
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.request_ids[0]
+
+
+class _Sample(NamedTuple):
+    job: _Job
+    request_id: RequestId
+    handle: int
+
+
+class Session:
+    """One router. Its jobs live exactly as long as it."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._worker = context.worker
+        self._jobs: dict[RequestId, _Job] = {}
+        self._samples: dict[RequestId, _Sample] = {}  # those that have not ended
+        self._by_handle: dict[int, _Sample] = {}  # the same
+        self._out: list[SessionDown] = []
+        self._wake = asyncio.Event()
+        self._say(Heartbeat(self._worker.engine.load()))  # a first sign of life: the router waits for it
+        self._ending: set[asyncio.Task[None]] = set()
+        self._worker.listen(self._on_step)
+
+    async def read(self, messages: AsyncIterator[SessionUp]) -> None:
+        try:
+            async for message in messages:
+                if isinstance(message, Submit):
+                    self._submit(message)
+                else:
+                    self._cancel(message)
+        finally:
+            self._wake.set()
+
+    async def outgoing(self) -> list[SessionDown]:
+        """What there is to say, or a heartbeat when there was nothing for a while."""
+        try:
+            async with self._context.clock.timeout(self._context.heartbeat_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return [Heartbeat(self._worker.engine.load())]
+        self._wake.clear()
+        taken, self._out = self._out, []
+        return taken
+
+    async def aclose(self) -> None:
+        self._worker.unlisten(self._on_step)
+        for job in tuple(self._jobs.values()):
+            self._end(job)
+        if self._ending:
+            await asyncio.gather(*self._ending, return_exceptions=True)
+
+    # --- a request's start ---
+
+    def _submit(self, submit: Submit) -> None:
+        engine = self._worker.engine
+        begin = engine.reserve if submit.remote_prefill else engine.add
+        try:
+            request_ids = begin_samples(engine, submit.request, begin)
+        except BatonError as error:
+            self._say(Failure(submit.handle, error.code, error.message))
+            return
+        job = self._jobs[request_ids[0]] = _Job(submit.handle, request_ids, len(request_ids))
+        for handle, request_id in enumerate(request_ids, submit.handle):
+            sample = _Sample(job, request_id, handle)
+            self._samples[request_id] = self._by_handle[handle] = sample
+        if submit.remote_prefill:
+            job.starting = asyncio.create_task(self._start_remote(job, submit))
+        self._worker.admit()
+
+    async def _start_remote(self, job: _Job, submit: Submit) -> None:
+        try:
+            async with self._context.clock.timeout(submit.deadline_s):
+                await job.admitted.wait()
+                await self._receive(job, submit)
+        except TimeoutError:
+            error = DeadlineExceeded(f"{job.request_id} was not handed over within its deadline")
+            self._fail(job, error)
+        except BatonError as error:
+            self._fail(job, error)
+
+    async def _receive(self, job: _Job, submit: Submit) -> None:
+        context, engine = self._context, self._worker.engine
+        sequence = engine.sequence(job.request_id)
+        if sequence is None:
+            raise InternalError(f"{job.request_id} vanished from the engine")
+        block_size = self._worker.record.block_size
+        context.receiver.expect(
+            submit.request,
+            submit.epoch,
+            sequence.prompt_blocks(block_size),
+            sequence.num_cached_tokens,
+            context.config.lease_s,
+        )
+        self._say(self._ticket(job, submit, sequence.num_cached_tokens))
+        num_blocks = num_blocks_for(submit.request.num_prompt_tokens - sequence.num_cached_tokens, block_size)
+        hand_over = await context.receiver.wait_verified(job.request_id)
+        context.receiver.go_live(job.request_id)
+        started_s, ended_s = hand_over.opened_s or 0.0, hand_over.closed_s or 0.0
+        self._say(Received(job.handle, num_blocks, hand_over.num_bytes, ended_s - started_s))
+        context.emit("kv.received", request=job.request_id, blocks=num_blocks)
+        job.starting = None
+        self._run(job, engine.activate(job.request_id, hand_over.first_token))
+
+    def _run(self, job: _Job, finish_reason: FinishReason | None) -> None:
+        """The first sample has its first token, which may be its last one, or nobody may want more of it."""
+        first = self._samples.get(job.request_id)
+        if first is None:
+            self._worker.engine.abort(job.request_id)
+            self._worker.admit()
+        elif finish_reason is not None:
+            self._forget(first)
+            self._say(Step((), (), (), (), ((first.handle, finish_reason),), self._worker.engine.load()))
+
+    def _ticket(self, job: _Job, submit: Submit, num_cached_tokens: int) -> Ticket:
+        context, record = self._context, self._worker.record
+        return Ticket(
+            handle=job.handle,
+            request_id=job.request_id,
+            epoch=submit.epoch,
+            worker_id=record.worker_id,
+            transport=context.transport_name,
+            address=context.transport_address,
+            fingerprint=record.fingerprint,
+            block_size=record.block_size,
+            num_cached_tokens=num_cached_tokens,
+            lease_s=context.config.lease_s,
+            compatibility=record.compatibility,
+        )
+
+    # --- a request's end ---
+
+    def _cancel(self, cancel: Cancel) -> None:
+        sample = self._by_handle.get(cancel.handle)
+        if sample is None:
+            return
+        job = sample.job
+        if job.num_running > 1:
+            self._drop(sample)
+        else:
+            self._context.emit("request.cancelled", request=job.request_id)
+            self._end(job)
+
+    def _drop(self, sample: _Sample) -> None:
+        """One of several."""
+        self._forget(sample)
+        is_awaited = sample.job.starting is not None and sample.request_id == sample.job.request_id
+        if not is_awaited:
+            self._worker.engine.abort(sample.request_id)
+            self._worker.admit()
+
+    def _fail(self, job: _Job, error: BatonError) -> None:
+        """Called from the request's own starting task."""
+        self._say(Failure(job.handle, error.code, error.message))
+        job.starting = None
+        self._end(job)
+
+    def _end(self, job: _Job) -> None:
+        """Stop what is under way; blocks go back once no write can land in them any more."""
+        for request_id in job.request_ids:
+            if (sample := self._samples.get(request_id)) is not None:
+                self._forget(sample)
+        task = asyncio.create_task(self._give_back(job))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _give_back(self, job: _Job) -> None:
+        if job.starting is not None:
+            job.starting.cancel()
+            await asyncio.gather(job.starting, return_exceptions=True)
+        await self._context.receiver.end(job.request_id, "the request was cancelled")
+        for request_id in job.request_ids:
+            self._worker.engine.abort(request_id)
+        self._worker.admit()
+
+    def _forget(self, sample: _Sample) -> None:
+        del self._samples[sample.request_id], self._by_handle[sample.handle]
+        sample.job.num_running -= 1
+        if not sample.job.num_running:
+            del self._jobs[sample.job.request_id]
+
+    # --- what the router hears ---
+
+    def _say(self, message: SessionDown) -> None:
+        self._out.append(message)
+        self._wake.set()
+
+    def _on_step(self, output: StepOutput) -> None:
+        for request_id in output.admitted:
+            if (job := self._jobs.get(request_id)) is not None:
+                job.admitted.set()
+        told = [
+            (sample, row)
+            for row in output.outputs
+            if (row.token_ids or row.finish_reason is not None)
+            and (sample := self._samples.get(row.request_id)) is not None
+        ]
+        if told:
+            self._say(self._step(told))
+        for sample, row in told:
+            if row.finish_reason is not None:
+                self._forget(sample)
+
+    def _step(self, told: list[tuple[_Sample, SequenceOutput]]) -> Step:
+        of_prompts = [(s.handle, row.prompt_logprobs) for s, row in told if row.prompt_logprobs is not None]
+        return Step(
+            handles=tuple([sample.handle for sample, _ in told]),
+            first_index=tuple([row.first_index for _, row in told]),
+            num_tokens=tuple([len(row.token_ids) for _, row in told]),
+            token_ids=tuple([token for _, row in told for token in row.token_ids]),
+            finished=tuple([(s.handle, row.finish_reason) for s, row in told if row.finish_reason]),
+            load=self._worker.engine.load(),
+            logprob_rows=tuple([i for i, (_, row) in enumerate(told) if row.logprobs]),
+            logprobs=tuple([each for _, row in told for each in row.logprobs]),
+            prompt_logprob_handles=tuple([handle for handle, _ in of_prompts]),
+            prompt_logprobs=tuple([said for _, said in of_prompts]),
+        )

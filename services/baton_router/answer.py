@@ -1,0 +1,270 @@
+"""Answers that are being given, as both front doors see them: tokens in, text out, choice by choice.
+
+An `Answer` is open for as long as its client is there: closing it early cancels the request everywhere.
+"""
+
+import logging
+import random
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+from baton.clock import Clock
+from baton.engine.detokenizer import Delta, TextStream, TokenText
+from baton.errors import BatonError, InternalError
+from baton.request import FinishReason, PromptLogprobs, Request, RequestId, TokenLogprobs
+from baton.telemetry import event
+from baton_router.generation import Generator, Tokens
+from baton_router.metrics import RouterMetrics
+
+log = logging.getLogger(__name__)
+
+CLIENT_GONE = 499
+
+
+class OpenAnswers:
+    """Owns the ids of the requests that are open here; counts how they end."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        token_text: TokenText,
+        clock: Clock,
+        rng: random.Random,
+        metrics: RouterMetrics,
+    ) -> None:
+        self.generator = generator
+        self.token_text = token_text
+        self.clock = clock
+        self._rng = rng
+        self._metrics = metrics
+        self._ids: set[str] = set()
+
+    def cancel_all(self) -> None:
+        for request_id in tuple(self._ids):
+            self.generator.cancel(request_id)
+
+    def opened(self, request: Request) -> Request:
+        """The request under an id that no other open one has: a client may try again under the same."""
+        request_id = request.request_id
+        while request_id in self._ids:
+            request_id = RequestId(f"{request.request_id}-{self._rng.getrandbits(32):08x}")
+        self._ids.add(request_id)
+        self._metrics.num_running.inc()
+        return replace(request, request_id=request_id)
+
+    def closed(self, answer: "Answer") -> None:
+        self._ids.discard(answer.request.request_id)
+        self._metrics.num_running.dec()
+        self._metrics.observe_answer(
+            num_prompt_tokens=answer.request.num_prompt_tokens,
+            num_output_tokens=answer.num_output_tokens,
+            ttft_s=answer.ttft_s,
+            mean_itl_s=answer.mean_itl_s,
+            e2e_s=answer.e2e_s,
+        )
+        event(
+            log,
+            "request ended",
+            level=logging.DEBUG,
+            request=answer.request.request_id,
+            status=answer.status,
+            tokens_in=answer.request.num_prompt_tokens,
+            tokens_out=answer.num_output_tokens,
+            user=answer.user,
+        )
+
+
+class Choice:
+    """One of an answer's texts: its detokenizer, its stop strings, its end."""
+
+    __slots__ = (
+        "_is_silent",
+        "_text",
+        "_wants_logprobs",
+        "finish_reason",
+        "index",
+        "logprobs",
+        "num_output_tokens",
+    )
+
+    def __init__(self, index: int, text: TextStream, *, wants_logprobs: bool, is_silent: bool) -> None:
+        """`is_silent`: its tokens are a by-product, and not told."""
+        self.index = index
+        self.num_output_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens read last, where they were asked for
+        self._text = text
+        self._wants_logprobs = wants_logprobs
+        self._is_silent = is_silent
+
+    def read(self, items: list[Tokens]) -> Delta:
+        """The text of what came. Raises InternalError when it ended, but not as it should."""
+        if len(items) == 1:
+            token_ids, finish_reason = items[0].token_ids, items[0].finish_reason
+        else:
+            token_ids = tuple([token_id for item in items for token_id in item.token_ids])
+            finish_reason = items[-1].finish_reason
+        delta = self._text.push(token_ids, finish_reason)
+        if self._is_silent:
+            delta = "", (), delta[2]
+        self.num_output_tokens += len(delta[1])
+        if self._wants_logprobs:
+            found = [each for item in items for each in item.logprobs]
+            self.logprobs = tuple(found[: len(delta[1])])
+        if delta[2] is not None:
+            self._finish(delta[2])
+        return delta
+
+    def _finish(self, reason: FinishReason) -> None:
+        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            raise InternalError(f"the request ended early: {reason}")
+        self.finish_reason = reason
+
+
+class Answer:
+    """One request being answered: an async context, which ends the request when it is left, with one reader.
+
+        async with door.answer(request) as answer:
+            async for items in answer.tokens:
+                for choice, (text, token_ids, finish_reason) in answer.read(items):
+                    ...
+                if answer.is_finished:
+                    break
+
+    Leaving it unfinished and without an error raises InternalError.
+    """
+
+    __slots__ = (
+        "_arrival_s",
+        "_finished_s",
+        "_first_token_s",
+        "_num_running",
+        "_open",
+        "_timeout_s",
+        "choices",
+        "prompt_logprobs",
+        "request",
+        "status",
+        "tokens",
+        "user",
+    )
+
+    tokens: AsyncGenerator[list[Tokens], None]
+
+    def __init__(
+        self,
+        open_answers: OpenAnswers,
+        request: Request,
+        arrival_s: float,
+        timeout_s: float,
+        user: str | None,
+        *,
+        prompt_only: bool = False,
+    ) -> None:
+        self.request = request  # under its own id once it is open
+        self.user = user
+        self.prompt_logprobs: PromptLogprobs | None = None  # there before the first text, where asked for
+        self.status = CLIENT_GONE  # as it is counted
+        params = request.sampling
+        self.choices = tuple(
+            Choice(
+                index,
+                open_answers.token_text.stream(params.stop, request.stop_ids, params.min_tokens),
+                wants_logprobs=params.logprobs is not None,
+                is_silent=prompt_only,
+            )
+            for index in range(params.n)
+        )
+        self._num_running = params.n
+        self._open = open_answers
+        self._arrival_s = arrival_s
+        self._timeout_s = timeout_s
+        self._first_token_s: float | None = None
+        self._finished_s: float | None = None
+
+    async def __aenter__(self) -> Self:
+        self.request = self._open.opened(self.request)
+        self.tokens = self._open.generator.generate(self.request, timeout_s=self._timeout_s)
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if exc is None and not self.is_finished:
+            exc = InternalError("the tokens ended without a reason")
+        try:
+            await self.tokens.aclose()
+        finally:
+            if isinstance(exc, Exception):
+                self.status = exc.status if isinstance(exc, BatonError) else InternalError.status
+            elif exc is None:
+                self.status = 200
+            self._open.closed(self)
+        if exc_type is None and exc is not None:
+            raise exc
+
+    def read(self, items: list[Tokens]) -> list[tuple[Choice, Delta]]:
+        """The text of what came, choice by choice. Raises InternalError when one ended, but not as it should."""
+        if self._first_token_s is None:
+            self._first_token_s = self._open.clock.now()
+            self.prompt_logprobs = items[0].prompt_logprobs
+        if len(self.choices) > 1:
+            return self._read_choices(items)
+        [choice] = self.choices
+        delta = choice.read(items)
+        if delta[2] is not None:
+            self._finish()
+        return [(choice, delta)]
+
+    def _read_choices(self, items: list[Tokens]) -> list[tuple[Choice, Delta]]:
+        parts: dict[int, list[Tokens]] = {}
+        for item in items:
+            parts.setdefault(item.sample, []).append(item)
+        read = []
+        for sample, part in parts.items():
+            choice = self.choices[sample]
+            if choice.finish_reason is not None:
+                continue  # its stop string was found, and this was under way
+            delta = choice.read(part)
+            read.append((choice, delta))
+            if delta[2] is not None:
+                self._finish()
+                if part[-1].finish_reason is None:
+                    self._open.generator.drop(self.request.request_id, sample)
+        return read
+
+    def _finish(self) -> None:
+        self._num_running -= 1
+        if self.is_finished:
+            self._finished_s = self._open.clock.now()
+
+    @property
+    def is_finished(self) -> bool:
+        return not self._num_running
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum([choice.num_output_tokens for choice in self.choices])
+
+    @property
+    def num_cached_tokens(self) -> int:
+        record = self._open.generator.record(self.request.request_id)
+        return max(record.num_cached_tokens_prefill, record.num_cached_tokens_decode) if record else 0
+
+    @property
+    def ttft_s(self) -> float | None:
+        return None if self._first_token_s is None else self._first_token_s - self._arrival_s
+
+    @property
+    def mean_itl_s(self) -> float | None:
+        """Of the longest choice."""
+        num_tokens = max(choice.num_output_tokens for choice in self.choices)
+        if self._first_token_s is None or self._finished_s is None or num_tokens < 2:
+            return None
+        return (self._finished_s - self._first_token_s) / (num_tokens - 1)
+
+    @property
+    def e2e_s(self) -> float | None:
+        return None if self._finished_s is None else self._finished_s - self._arrival_s

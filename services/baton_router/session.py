@@ -1,0 +1,233 @@
+"""The Step stream with one decode worker, and what goes over it: attempts.
+
+An `Attempt` is one try at serving one request on one decode worker. It has a handle for each of the request's samples.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from baton.errors import BatonError, InternalError, from_code
+from baton.messages import (
+    Cancel,
+    Failure,
+    Heartbeat,
+    Load,
+    Received,
+    SessionDown,
+    SessionUp,
+    Step,
+    Submit,
+    Ticket,
+)
+from baton.request import FinishReason, PromptLogprobs, Request, TokenLogprobs
+from baton_router.generation import Tokens, TokenStream
+
+_ENDED = -1
+
+
+class Attempt:
+    """One try at one request. The session writes, the pipeline reads. Tokens go straight into the request's stream."""
+
+    def __init__(self, handle: int, request: Request, stream: TokenStream, first_index: int) -> None:
+        """`first_index` of the first sample's tokens that come from the decode worker; it makes all of the others'."""
+        loop = asyncio.get_running_loop()
+        self.handle = handle
+        self.request = request
+        self.ticket: asyncio.Future[Ticket] = loop.create_future()
+        self.received: asyncio.Future[Received] = loop.create_future()
+        self.finished: asyncio.Future[FinishReason] = (
+            loop.create_future()
+        )  # all samples; the last one's reason
+        self._stream = stream
+        self._next_index = [first_index] + [0] * (request.sampling.n - 1)  # of each sample; see _ENDED
+        self._num_running = request.sampling.n
+        self._held: list[Tokens] | None = []  # what came before the first token was given to the stream
+
+    @property
+    def handles(self) -> range:
+        """One for each sample."""
+        return range(self.handle, self.handle + self.request.sampling.n)
+
+    def start_stream(self, first: Tokens | None = None) -> None:
+        """Now that the first sample's first token is there, or is made by the decode worker, too, all others may
+        follow."""
+        if first is not None:
+            self._stream.push(first)
+            if first.finish_reason is not None:
+                self._end(0, first.finish_reason)
+        held, self._held = self._held or [], None
+        for tokens in held:
+            self._stream.push(tokens)
+
+    def tokens(
+        self,
+        sample: int,
+        first_index: int,
+        token_ids: tuple[int, ...],
+        reason: FinishReason | None,
+        logprobs: tuple[TokenLogprobs, ...] = (),
+        prompt_logprobs: PromptLogprobs | None = None,
+    ) -> None:
+        next_index = self._next_index[sample]
+        if next_index == _ENDED:
+            return
+        if first_index > next_index:
+            self.fail(InternalError(f"tokens {next_index} to {first_index - 1} are missing"))
+            return
+        num_known = next_index - first_index
+        token_ids = token_ids[num_known:]
+        tokens = Tokens(next_index, token_ids, reason, logprobs[num_known:], prompt_logprobs, sample)
+        self._next_index[sample] = next_index + len(token_ids)
+        if self._held is None:
+            self._stream.push(tokens)
+        else:
+            self._held.append(tokens)
+        if reason is not None:
+            self._end(sample, reason)
+
+    def finish(self, sample: int, reason: FinishReason) -> None:
+        """Ended without a row of its own, or told so already by its last row."""
+        if self._next_index[sample] != _ENDED:
+            self.tokens(sample, self._next_index[sample], (), reason)
+
+    def drop(self, sample: int) -> None:
+        """Nobody wants more of it."""
+        if self._next_index[sample] != _ENDED:
+            self._end(sample, FinishReason.STOP)
+
+    def _end(self, sample: int, reason: FinishReason) -> None:
+        self._next_index[sample] = _ENDED
+        self._num_running -= 1
+        if not self._num_running:
+            self._resolve(self.finished, reason)
+
+    def got_ticket(self, ticket: Ticket) -> None:
+        self._resolve(self.ticket, ticket)
+
+    def got_kv(self, received: Received) -> None:
+        self._resolve(self.received, received)
+
+    def fail(self, error: BatonError) -> None:
+        for future in (self.ticket, self.received, self.finished):
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # the pipeline waits for one of the three; the others need no reader
+
+    @staticmethod
+    def _resolve(future: asyncio.Future[Any], value: Any) -> None:
+        if not future.done():
+            future.set_result(value)
+
+
+@dataclass(slots=True)
+class Session:
+    """The Step stream with one decode worker."""
+
+    _out: list[SessionUp] = field(default_factory=list)
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _attempts: dict[int, Attempt] = field(
+        default_factory=dict
+    )  # by the handles of samples that have not ended
+    _next_handle: int = 1
+
+    def submit(
+        self, request: Request, stream: TokenStream, *, epoch: int, remote_prefill: bool, deadline_s: float
+    ) -> Attempt:
+        attempt = Attempt(self._next_handle, request, stream, first_index=1 if remote_prefill else 0)
+        self._next_handle += request.sampling.n
+        self._attempts.update(dict.fromkeys(attempt.handles, attempt))
+        self._send(Submit(attempt.handle, request, epoch, remote_prefill, deadline_s))
+        return attempt
+
+    def cancel(self, attempt: Attempt) -> None:
+        """Forget the attempt and tell the worker; what has ended already is left alone."""
+        for handle in attempt.handles:
+            if self._attempts.pop(handle, None) is not None:
+                self._send(Cancel(handle))
+
+    def drop(self, attempt: Attempt, sample: int) -> None:
+        """Likewise one sample of several."""
+        handle = attempt.handle + sample
+        if self._attempts.pop(handle, None) is not None:
+            self._send(Cancel(handle))
+            attempt.drop(sample)
+
+    def fail_all(self, error: BatonError) -> None:
+        """Their pipelines hear of it and cancel them, so a worker that is still there gives everything back."""
+        for attempt in tuple(self._attempts.values()):
+            attempt.fail(error)
+
+    def _send(self, message: SessionUp) -> None:
+        self._out.append(message)
+        self._wake.set()
+
+    async def outgoing(self) -> AsyncGenerator[SessionUp, None]:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            taken, self._out = self._out, []
+            for message in taken:
+                yield message
+
+    def dispatch(self, message: SessionDown) -> Load | None:
+        """Tell the attempts; returns the worker's load where the message carries it."""
+        match message:
+            case Step():
+                self._step(message)
+                return message.load
+            case Heartbeat():
+                return message.load
+            case Failure():
+                self._failure(message)
+            case Ticket():
+                if (attempt := self._attempt_of(message.handle)) is not None:
+                    attempt.got_ticket(message)
+            case Received():
+                if (attempt := self._attempt_of(message.handle)) is not None:
+                    attempt.got_kv(message)
+        return None
+
+    def _attempt_of(self, handle: int) -> Attempt | None:
+        """By what is said of its first sample, which may have ended before the others."""
+        if (attempt := self._attempts.get(handle)) is None:
+            attempt = next((each for each in self._attempts.values() if each.handle == handle), None)
+        return attempt
+
+    def _failure(self, failure: Failure) -> None:
+        if (attempt := self._attempt_of(failure.handle)) is not None:
+            for handle in attempt.handles:
+                self._attempts.pop(handle, None)
+            attempt.fail(from_code(failure.code, failure.message, None, None))
+
+    def _step(self, step: Step) -> None:
+        reasons = dict(step.finished)
+        logprobs = _logprobs(step)
+        of_prompts = dict(zip(step.prompt_logprob_handles, step.prompt_logprobs, strict=True))
+        start = 0
+        for handle, first_index, num in zip(step.handles, step.first_index, step.num_tokens, strict=True):
+            token_ids = step.token_ids[start : start + num]
+            start += num
+            if (attempt := self._attempts.get(handle)) is not None:
+                attempt.tokens(
+                    handle - attempt.handle, first_index, token_ids, reasons.get(handle),
+                    logprobs.get(handle, ()), of_prompts.get(handle),
+                )  # fmt: skip
+        for handle, reason in step.finished:
+            if (attempt := self._attempts.pop(handle, None)) is None:
+                continue
+            if reason is FinishReason.ERROR:
+                attempt.fail(InternalError(f"the engine failed on {attempt.request.request_id}"))
+            else:
+                attempt.finish(handle - attempt.handle, reason)
+
+
+def _logprobs(step: Step) -> dict[int, tuple[TokenLogprobs, ...]]:
+    """By handle."""
+    found, start = {}, 0
+    for row in step.logprob_rows:
+        end = start + step.num_tokens[row]
+        found[step.handles[row]] = step.logprobs[start:end]
+        start = end
+    return found
