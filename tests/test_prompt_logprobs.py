@@ -102,6 +102,22 @@ def test_every_token_of_the_vocabulary_may_be_the_most_likely_one(directory: Pat
     assert max(again.prompt_logprobs.top_token_ids) < VOCAB_SIZE
 
 
+def test_siblings_of_a_scored_prompt_are_the_answers_to_seeds_of_their_own(directory: Path) -> None:
+    prompts = random_prompts(LENGTHS)
+    asked = SamplingParams(max_tokens=8, seed=5, n=3, prompt_logprobs=1, logprobs=0)
+    with LLM(str(directory), num_blocks=600, max_num_seqs=8) as llm:
+        families = llm.generate(prompts, asked)
+        llm.engine.check_integrity()
+        assert llm.engine.num_used_blocks == 0
+        for sample in (1, 2):
+            alone = llm.generate(prompts, SamplingParams(max_tokens=8, seed=5 + sample))
+            siblings = [family.siblings[sample - 1] for family in families]
+            assert [each.token_ids for each in siblings] == [each.token_ids for each in alone]
+            assert {len(each.logprobs) for each in siblings} == {8}
+    assert all(family.prompt_logprobs is not None for family in families)
+    assert not any(sibling.prompt_logprobs for family in families for sibling in family.siblings)
+
+
 @pytest.mark.parametrize("num_top", [0, 20])
 def test_more_than_anybody_reads_is_refused_before_anything_is_computed(num_top: int) -> None:
     engine, _ = make_engine(max_model_len=MAX_VALUES + 2, num_blocks=MAX_VALUES)

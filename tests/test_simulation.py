@@ -24,10 +24,11 @@ from baton_loadtest.simulate import (
 )
 
 
-def make_request(name: str, num_prompt: int, num_output: int, seed: int = 0) -> Request:
+def make_request(name: str, num_prompt: int, num_output: int, seed: int = 0, num_samples: int = 1) -> Request:
     rng = random.Random(f"{name}/{seed}")
     prompt = tuple(rng.randrange(VOCAB_SIZE) for _ in range(num_prompt))
-    return Request(RequestId(name), prompt, SamplingParams(max_tokens=num_output, temperature=0.0))
+    sampling = SamplingParams(max_tokens=num_output, temperature=0.0, n=num_samples)
+    return Request(RequestId(name), prompt, sampling)
 
 
 def right_answer(config: FleetConfig, request: Request) -> list[int]:
@@ -83,7 +84,8 @@ def test_a_client_that_leaves_at_any_moment_gets_everything_given_back(seed: int
         async with running_fleet(config, clock) as fleet:
             async with asyncio.TaskGroup() as clients:
                 for number in range(60):
-                    request = make_request(f"r{number}", rng.randint(1, 300), 30)
+                    num_samples = 3 if number % 3 == 0 else 1
+                    request = make_request(f"r{number}", rng.randint(1, 300), 30, num_samples=num_samples)
                     client = clients.create_task(fleet.ask(request))
                     clock_task = clock.sleep(rng.uniform(0, 0.35))
                     await clock_task

@@ -48,6 +48,7 @@ class RequestOutput:
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token where they were asked for
     prompt_logprobs: PromptLogprobs | None = None  # where they were asked for
+    siblings: "list[RequestOutput]" = field(default_factory=list)  # n > 1: the other answers to this prompt
 
 
 class LLM:
@@ -103,7 +104,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """One output per prompt, in their order; all prompts run together. A prompt that cannot be served (too long,
         empty, a token or a sampling parameter that the model cannot take) has finish reason ERROR and says why in
-        `error`; the others are answered. Raises InvalidRequest when the arguments do not fit each other."""
+        `error`; the others are answered. With n > 1 an output has siblings, each with its seed as if asked for alone.
+        Raises InvalidRequest when the arguments do not fit each other."""
         works = _paired(_as_list(prompts), sampling_params)
         return self._answer([(self._token_ids_of(prompt), params) for prompt, params in works], use_tqdm)
 
@@ -124,11 +126,11 @@ class LLM:
     def _answer(
         self, works: list[tuple[Sequence[int] | RequestError, SamplingParams]], use_tqdm: bool
     ) -> list[RequestOutput]:
-        answers = [self._new_answer(index, *work) for index, work in enumerate(works)]
+        answers = [answer for index, work in enumerate(works) for answer in self._new_answers(index, *work)]
         with Progress("prompts", len(answers), self._clock, shown=use_tqdm) as progress:
             self._loop.run(self._run(deque(answers), progress))
         _warn_of_errors([answer.output for answer in answers])
-        return [answer.output for answer in answers]
+        return [answer.output for answer in answers if answer.parent is None]
 
     async def _run(self, waiting: "deque[_Answer]", progress: Progress) -> None:
         running: dict[RequestId, _Answer] = {}
@@ -157,26 +159,36 @@ class LLM:
         if answer.output.finish_reason is not None:
             return False
         try:
-            self.engine.add(answer.request)
+            if answer.parent is None:
+                self.engine.add(answer.request)
+            else:
+                self.engine.fork(answer.parent, answer.request)
         except RequestError as error:
             answer.fail(error)
             return False
         answer.sequence = self.engine.sequence(answer.request.request_id)
         return True
 
-    def _new_answer(
+    def _new_answers(
         self, index: int, token_ids: Sequence[int] | RequestError, params: SamplingParams
-    ) -> "_Answer":
+    ) -> "list[_Answer]":
+        """One for each sample."""
         prompt = () if isinstance(token_ids, RequestError) else tuple(token_ids)
         if params.seed is None:
             params = replace(params, seed=self._rng.getrandbits(63))
         request = Request(RequestId(str(index)), prompt, params, self._eos_token_ids)
-        answer = _Answer(request, self._text_of(request), RequestOutput(prompt))
-        if isinstance(token_ids, RequestError):
-            answer.fail(token_ids)
-        elif params.stop and self._token_text is None:
-            answer.fail(self._no_tokenizer("use stop_token_ids", param="stop"))
-        return answer
+        first, *siblings = [
+            _Answer(sample, self._text_of(sample), RequestOutput(prompt)) for sample in request.samples()
+        ]
+        for sibling in siblings:
+            sibling.parent = first.request.request_id
+            first.output.siblings.append(sibling.output)
+        for answer in (first, *siblings):
+            if isinstance(token_ids, RequestError):
+                answer.fail(token_ids)
+            elif params.stop and self._token_text is None:
+                answer.fail(self._no_tokenizer("use stop_token_ids", param="stop"))
+        return [first, *siblings]
 
     def _text_of(self, request: Request) -> TextStream | None:
         if self._token_text is None:
@@ -207,11 +219,12 @@ class LLM:
 
 @dataclass(slots=True)
 class _Answer:
-    """One prompt on its way through the engine."""
+    """One answer to a prompt on its way through the engine."""
 
     request: Request
     text: TextStream | None
     output: RequestOutput
+    parent: RequestId | None = None  # whose prompt it is, where it is not the first one's
     sequence: EngineSequence | None = None  # once it was added
 
     def take(self, row: SequenceOutput) -> int:

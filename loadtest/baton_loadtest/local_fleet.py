@@ -174,12 +174,17 @@ class LocalFleet:
 
     async def ask(self, request: Request, timeout_s: float = 60.0) -> list[int]:
         """All tokens of one request. Raises what the client would see."""
-        tokens: list[int] = []
+        return (await self.ask_samples(request, timeout_s))[0]
+
+    async def ask_samples(self, request: Request, timeout_s: float = 60.0) -> list[list[int]]:
+        """The same for each of its samples."""
+        samples: list[list[int]] = [[] for _ in range(request.sampling.n)]
         async for batch in self.pipeline.generate(request, timeout_s=timeout_s):
             for item in batch:
+                tokens = samples[item.sample]
                 assert item.first_index == len(tokens), f"{request.request_id}: a token is missing or twice"
                 tokens.extend(item.token_ids)
-        return tokens
+        return samples
 
     def check_conservation(self) -> None:
         """Every worker's pool adds up, whatever happened."""

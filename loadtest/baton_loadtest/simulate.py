@@ -28,6 +28,7 @@ from baton_loadtest.local_fleet import LocalFleet, LocalWorker
 
 VOCAB_SIZE = 997
 KV_BYTES_PER_TOKEN = 16  # per layer
+NUM_SAMPLES = (1, 1, 1, 1, 1, 1, 1, 3)  # of a request: one of these
 
 
 class FakeStorage:
@@ -263,21 +264,21 @@ async def _simulate(
     rng = random.Random(config.seed)
     outcomes: list[str] = []
 
-    async def one(number: int, prompt: tuple[int, ...], num_tokens: int) -> None:
+    async def one(number: int, prompt: tuple[int, ...], num_tokens: int, num_samples: int) -> None:
         request = Request(
             RequestId(f"r{number}"),
             prompt,
-            SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True),
+            SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True, n=num_samples),
         )
         try:
-            tokens = await fleet.ask(request)
+            samples = await fleet.ask_samples(request)
         except BatonError as error:
             outcomes.append("failed")
             fleet.events("client.error", request=request.request_id, code=error.code)
             return
-        right = tokens == expected_tokens(prompt, num_tokens, config.layout)
+        right = samples == [expected_tokens(prompt, num_tokens, config.layout)] * num_samples
         outcomes.append("right" if right else "wrong")
-        fleet.events("client.done", request=request.request_id, right=right, tokens=len(tokens))
+        fleet.events("client.done", request=request.request_id, right=right, tokens=len(samples[0]))
 
     async with running_fleet(config, clock) as fleet:
         async with asyncio.TaskGroup() as clients:
@@ -287,7 +288,8 @@ async def _simulate(
                 if clock.now() >= end_s:
                     break
                 prompt = tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, max_prompt)))
-                clients.create_task(one(number, prompt, rng.randint(1, max_output)))
+                num_samples = rng.choice(NUM_SAMPLES)
+                clients.create_task(one(number, prompt, rng.randint(1, max_output), num_samples))
                 number += 1
         await clock.sleep(1.0)
         fleet.check_conservation()
