@@ -25,7 +25,7 @@ from baton.messages import Compatibility
 from baton.model import exact, identity, loader
 from baton.model.attention import Chunk, StepAttention
 from baton.model.layers import LayerSpec, kv_layout, paged_layers, plain_layers
-from baton.model.step import planner_for, with_graphs
+from baton.model.step import on_kernels, planner_for, with_graphs
 from baton.model_files import resolve_model
 from baton.tokenizer import load_tokenizer
 from baton.transfer.wire import VERSIONS
@@ -229,6 +229,8 @@ def load_runner(
     if engine.bit_exact:
         exact.check(dtype, device)
     module = loader.load_model(directory, config, dtype, device)
+    if not engine.bit_exact:
+        on_kernels(module, device)
     layers = loader.learn_layers(module, config, max_model_len)
     layout = kv_layout(layers, engine.block_size, dtype)
     storage = KVStorage(layout, _num_blocks(engine, layout), device, fill_nan=fill_nan)

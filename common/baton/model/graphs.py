@@ -129,7 +129,8 @@ def _cuda_capture() -> Capture:
     pool = torch.cuda.graph_pool_handle()
 
     def capture(run: Run) -> Run:
-        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # compiles the kernels, and lets libraries allocate what they keep
+        # The first run compiles the kernels, and lets libraries allocate what they keep.
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             run()

@@ -1,4 +1,4 @@
-"""Which implementation of a step's attention a worker uses: decided once, at load."""
+"""What a worker computes with on its device: decided once, at load."""
 
 import torch
 from torch import nn
@@ -38,6 +38,14 @@ def with_graphs(
     from baton.model.graphs import graphed
 
     return graphed(model, layers, planner, max_num_seqs, max_model_len)
+
+
+def on_kernels(model: nn.Module, device: torch.device) -> None:
+    """On a GPU, modules of the model that the kernels can do are swapped for them."""
+    if device.type == "cuda":
+        from baton.model.triton_fuse import fuse
+
+        fuse(model)
 
 
 def kernels_cover(layer: PagedLayer) -> bool:
