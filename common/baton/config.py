@@ -52,6 +52,7 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the model runs
     num_threads: Count = 1  # OpenMP threads of this worker
     bit_exact: bool = False  # logits never depend on batch or chunks, bit for bit; float32 on the CPU, slower
+    native_ops: bool = True  # on the CPU, Baton's compiled operations and packed weights; off: plain torch
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,13 @@ from baton.kv.storage import KVStorage
 from baton.messages import Compatibility
 from baton.model import exact, identity, loader
 from baton.model.attention import Chunk, StepAttention
+from baton.model.fuse import fuse
 from baton.model.layers import LayerSpec, kv_layout, paged_layers, plain_layers
-from baton.model.step import on_kernels, planner_for, with_graphs
+from baton.model.step import load_native, on_kernels, planner_for, with_graphs
 from baton.model_files import resolve_model
 from baton.tokenizer import load_tokenizer
 from baton.transfer.wire import VERSIONS
+from baton_kernels.native import Native
 
 
 class _Inputs(NamedTuple):
@@ -56,16 +58,17 @@ class TorchModelRunner:
         layers: tuple[LayerSpec, ...] | None = None,
         grammars: Grammars | None = None,
         bit_exact: bool = False,
+        native: Native | None = None,
     ) -> None:
-        """`layers` of the model; None: one for each layer of the storage, and nothing special. Raises ConfigError
-        for a model that cannot be bit-exact."""
+        """`layers` of the model; None: one for each layer of the storage, and nothing special. `native`: ops for
+        its attention, see step.planner_for. Raises ConfigError for a model that cannot be bit-exact."""
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.grammars = grammars
         self._model = model
         self._storage = storage
         self._layers = paged_layers(layers or plain_layers(storage.layout), storage)
-        self._planner = planner_for(self._layers, storage.layout.block_size, bit_exact=bit_exact)
+        self._planner = planner_for(self._layers, storage.layout.block_size, native, bit_exact=bit_exact)
         self._draws_alone = bit_exact
         if bit_exact:
             self._model = exact.ExactModel(model)
@@ -228,9 +231,13 @@ def load_runner(
     torch.set_num_threads(engine.num_threads)
     if engine.bit_exact:
         exact.check(dtype, device)
+    is_fast = device.type == "cpu" and engine.native_ops and not engine.bit_exact
+    native = load_native() if is_fast else None
     module = loader.load_model(directory, config, dtype, device)
     if not engine.bit_exact:
         on_kernels(module, device)
+    if is_fast:
+        fuse(module, native)
     layers = loader.learn_layers(module, config, max_model_len)
     layout = kv_layout(layers, engine.block_size, dtype)
     storage = KVStorage(layout, _num_blocks(engine, layout), device, fill_nan=fill_nan)
@@ -245,6 +252,7 @@ def load_runner(
         layers=layers,
         grammars=Grammars(lambda: load_tokenizer(directory, num_threads=0), vocab_size),
         bit_exact=engine.bit_exact,
+        native=native,
     )
     arithmetic = exact.arithmetic() if engine.bit_exact else ""
     compatibility = identity.compatibility(directory, config, layout, VERSIONS, arithmetic)

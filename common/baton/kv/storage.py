@@ -8,6 +8,7 @@ import torch
 from baton.kv.block import BlockCopy
 from baton.kv.layout import KVLayout
 from baton.request import BlockId
+from baton_kernels.pages import huge_empty
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -26,7 +27,7 @@ class KVStorage:
     ) -> None:
         """`fill_nan`, for tests: whoever reads a position that was never written gets NaN."""
         self._layout = layout
-        self.data = torch.zeros(num_blocks, layout.block_bytes, dtype=torch.uint8, device=device)
+        self.data = _zeros(num_blocks, layout.block_bytes, torch.device(device))
         if fill_nan:
             self.data.view(DTYPES[layout.dtype]).fill_(torch.nan)
         self._bytes = self.data.view(-1).numpy().data if self.data.device.type == "cpu" else None
@@ -72,3 +73,9 @@ class KVStorage:
             raise RuntimeError(f"the blocks are in {self.data.device} memory, which has no host address")
         offsets, start = self._layout.layer_offsets, block_id * self._layout.block_bytes
         return self._bytes[start + offsets[layer_start] : start + offsets[layer_end]]
+
+
+def _zeros(num_blocks: int, block_bytes: int, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu" or num_blocks * block_bytes == 0:
+        return torch.zeros(num_blocks, block_bytes, dtype=torch.uint8, device=device)
+    return huge_empty(num_blocks * block_bytes).view(num_blocks, block_bytes)

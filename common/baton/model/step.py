@@ -1,21 +1,42 @@
 """What a worker computes with on its device: decided once, at load."""
 
+import logging
+
 import torch
 from torch import nn
 
 from baton.model.attention import PagedLayer, Planner
 from baton.model.exact import ExactPlanner
 from baton.model.naive_step import NaivePlanner
+from baton.model.native_step import NativePlanner, native_covers
+from baton_kernels import native as native_ops
+from baton_kernels.native import Native
+
+_log = logging.getLogger(__name__)
 
 MAX_KERNEL_DIM = 256  # of a head: what the attention kernels are compiled and checked for
 
 
-def planner_for(layers: tuple[PagedLayer, ...], block_size: int, *, bit_exact: bool = False) -> Planner:
-    """The Triton kernels on a GPU; plain torch on the CPU, and for latent attention, whose heads are wider than the
-    kernels take."""
+def load_native() -> Native | None:
+    """The native ops, where they work."""
+    try:
+        return native_ops.load()
+    except native_ops.Unavailable as error:
+        _log.warning("plain torch instead of the native CPU ops, which are several times as fast: %s", error)
+        return None
+
+
+def planner_for(
+    layers: tuple[PagedLayer, ...], block_size: int, native: Native | None = None, *, bit_exact: bool = False
+) -> Planner:
+    """The Triton kernels on a GPU, the native ops on the CPU; plain torch where there are none, and on a GPU for
+    latent attention, whose heads are wider than the kernels take."""
     if bit_exact:
         return ExactPlanner(layers, block_size)
     k_cache = layers[0].k_cache
+    if native is not None and all(native_covers(native, layer) for layer in layers):
+        _log.info("attention by native ops, %s", k_cache.dtype)
+        return NativePlanner(native, layers, block_size)
     if k_cache.device.type != "cuda" or not all(map(kernels_cover, layers)):
         return NaivePlanner(layers, block_size, k_cache.dtype)
     from baton.model.triton_step import TritonPlanner  # Triton is there with CUDA builds of torch only

@@ -1,0 +1,186 @@
+"""Swaps modules of transformers' models, in place and at load, for ones that do the same in fewer and faster steps.
+
+    a linear layer                          a packed weight
+    q_proj, k_proj, v_proj of attention     one packed weight
+    gate_proj, up_proj and SiLU between     one packed weight, and the product in the same step
+    RMSNorm                                 one call
+
+A module is recognised by what it holds, and then has to be matched: on a sample its successor must give the same
+output, or it stays. So nothing is known of any model here, and nothing is assumed.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from baton.model.mla import latent_of
+from baton.model.packed import (
+    NativeLinear,
+    NativePacker,
+    PackedEmbedding,
+    Packer,
+    agrees,
+    close,
+    merge,
+    packer_for,
+    sample_input,
+)
+from baton_kernels.native import Native, PackedWeight
+
+_log = logging.getLogger(__name__)
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+_GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_TURN = 32  # rows of gate_proj and up_proj in turns, see Native.gated_linear
+_EPSILONS = ("variance_epsilon", "eps")
+
+
+@torch.inference_mode()
+def fuse(model: nn.Module, native: Native | None) -> None:
+    """For a model on the CPU, in evaluation mode."""
+    packer = packer_for(native, next(model.parameters()).dtype)
+    if packer is None:
+        _log.info("linear layers by plain torch: neither native ops nor oneDNN work here")
+        return
+    num_merged = sum(_merge_qkv(packer, module) for module in list(model.modules()))
+    swapped: Counter[str] = Counter(qkv=num_merged)
+    if isinstance(packer, NativePacker):
+        swapped["gated"] = _swap(model, lambda module: _gated(packer, module))
+        swapped["norm"] = _swap(model, lambda module: _norm(packer.native, module))
+        swapped["tied"] = _pack_tied(packer, model)
+    uses = Counter(
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding)
+    )
+    latent = {
+        id(module.kv_b_proj) for module in model.modules() if latent_of(module)
+    }  # their weights are used in parts
+    swapped["linear"] = _swap(
+        model, lambda module: None if id(module) in latent else _linear(packer, module, uses)
+    )
+    _log.info("linear layers by %s: %s", packer.name, ", ".join(f"{n} {name}" for name, n in swapped.items()))
+
+
+def _swap(model: nn.Module, successor: Callable[[nn.Module], nn.Module | None]) -> int:
+    """Every module that has a successor, wherever it is used. Returns their number."""
+    num_swapped = 0
+    made: dict[nn.Module, nn.Module | None] = {}
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if module not in made:
+                made[module] = successor(module)
+            if (new := made[module]) is not None:
+                setattr(parent, name, new)
+                num_swapped += 1
+    return num_swapped
+
+
+def _is_linear(module: object) -> bool:
+    return type(module) is nn.Linear
+
+
+def _linear(packer: Packer, module: nn.Module, uses: Counter[int]) -> nn.Module | None:
+    """Not where its weight has another user: there would be two copies."""
+    if not isinstance(module, nn.Linear) or not _is_linear(module) or uses[id(module.weight)] > 1:
+        return None
+    packed = packer.pack(module.weight, module.bias)
+    return packed if packed is not None and agrees(packed, module.weight, module.bias) else None
+
+
+def _merge_qkv(packer: Packer, attention: nn.Module) -> bool:
+    linears = [module for name in _QKV if isinstance(module := getattr(attention, name, None), nn.Linear)]
+    if len(linears) < len(_QKV) or not all(map(_is_linear, linears)):
+        return False
+    if len({(linear.in_features, linear.bias is None) for linear in linears}) > 1:
+        return False
+    parts = merge(packer, linears)
+    for name, part in zip(_QKV, parts or (), strict=False):
+        setattr(attention, name, part)
+    return parts is not None
+
+
+class _GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))"""
+
+    def __init__(self, native: Native, gate_up: PackedWeight, down: nn.Module) -> None:
+        super().__init__()
+        self._native = native
+        self._gate_up = gate_up
+        self.down_proj = down
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self._native.gated_linear(x, self._gate_up))
+        return out
+
+
+def _gated(packer: NativePacker, module: nn.Module) -> nn.Module | None:
+    children = dict(module.named_children())
+    if children.keys() != _GATED or any(True for _ in module.parameters(recurse=False)):
+        return None
+    gate, up, down, act = (children[name] for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    if not all(map(_is_linear, (gate, up, down))):
+        return None
+    assert isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
+    if gate.bias is not None or up.bias is not None or gate.out_features % _TURN or not _is_silu(act, gate):
+        return None
+    x = sample_input(gate.in_features, gate.weight.dtype)
+    packed_down = packer.pack(down.weight, down.bias)
+    turns = torch.stack((gate.weight.unflatten(0, (-1, _TURN)), up.weight.unflatten(0, (-1, _TURN))), 1)
+    if packed_down is None or gate.in_features * gate.weight.element_size() % 4:
+        return None
+    new = _GatedMLP(packer.native, packer.arrange(turns.flatten(0, 2)), packed_down)
+    return new if close(new(x), module(x)) else None
+
+
+def _is_silu(activation: nn.Module, gate: nn.Linear) -> bool:
+    x = sample_input(64, gate.weight.dtype)
+    return bool((activation(x) - F.silu(x)).abs().max() < 1e-2)
+
+
+class _RMSNorm(nn.Module):
+    def __init__(self, native: Native, weight: nn.Parameter, eps: float, *, shifted: bool) -> None:
+        super().__init__()
+        self._native = native
+        self.weight = weight
+        self._eps, self._shifted = eps, shifted
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._native.rms_norm(x, self.weight, self._eps, shifted=self._shifted)
+
+
+def _norm(native: Native, module: nn.Module) -> nn.Module | None:
+    weight = getattr(module, "weight", None)
+    eps = next((e for name in _EPSILONS if isinstance(e := getattr(module, name, None), float)), None)
+    parameters = list(module.parameters())
+    if eps is None or not isinstance(weight, nn.Parameter) or len(parameters) != 1 or weight.dim() != 1:
+        return None
+    if not native.supports(weight.dtype) or any(True for _ in module.children()):
+        return None
+    # The smaller one shows whether eps is where it belongs.
+    samples = [sample_input(len(weight), weight.dtype, scale) for scale in (1.0, 0.001)]
+    for shifted in (False, True):
+        new = _RMSNorm(native, weight, eps, shifted=shifted)
+        if all(close(new(x), module(x)) for x in samples):
+            return new
+    return None
+
+
+def _pack_tied(packer: NativePacker, model: nn.Module) -> int:
+    """An output layer that shares its weight with the embedding of the input tokens: both use the packed one."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_linear(module)]
+    embeddings = {id(module.weight): module for module in model.modules() if type(module) is nn.Embedding}
+    for head in linears:
+        embedding = embeddings.get(id(head.weight))
+        packed = None if embedding is None else packer.pack(head.weight, head.bias)
+        if (
+            embedding is None
+            or not isinstance(packed, NativeLinear)
+            or not agrees(packed, head.weight, head.bias)
+        ):
+            continue
+        successors: dict[nn.Module, nn.Module] = {head: packed, embedding: PackedEmbedding(packed.packed)}
+        return _swap(model, successors.get)
+    return 0

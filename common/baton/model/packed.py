@@ -1,0 +1,173 @@
+"""Linear layers over weights that were packed at load, the one place that knows how.
+
+A plain linear layer arranges its weight for the CPU anew in every call. Here that is done once: by the native ops,
+or, where they are not, by oneDNN, whose entry points in torch are private and are tried before they are used. The
+unpacked weight is given up: there is never a second copy, not of an embedding that shares it either.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from baton_kernels.native import Native, PackedWeight, packed_bytes
+from baton_kernels.pages import Arena
+
+_SAMPLE_ROWS = 4
+_MKLDNN_ROWS = 32  # the batch that oneDNN arranges for; others run nearly as fast (benchmarks/bench_cpu.py)
+
+
+class Packer(Protocol):
+    name: str
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
+        """A module that computes F.linear(x, weight, bias); None where it cannot."""
+        ...
+
+
+class NativeLinear(nn.Module):
+    def __init__(self, native: Native, weight: PackedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self._native = native
+        self.packed = weight
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._native.linear(x, self.packed, self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """Unpacked anew, for code that looks at it."""
+        return self.packed.rows(torch.arange(self.packed.out_features))
+
+
+class NativePacker:
+    """Implements Packer."""
+
+    name = "native"
+
+    def __init__(self, native: Native) -> None:
+        self.native = native
+        self._arena = Arena()
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
+        if weight.shape[1] * weight.element_size() % 4:
+            return None
+        return NativeLinear(self.native, self.arrange(weight), bias)
+
+    def arrange(self, weight: Tensor) -> PackedWeight:
+        return self.native.pack(weight.contiguous(), self._arena.take(packed_bytes(weight)))
+
+
+class MkldnnLinear(nn.Module):
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _MKLDNN_ROWS)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return out
+
+    @property
+    def weight(self) -> Tensor:
+        """Unpacked anew, for code that looks at it."""
+        unpacked: Tensor = self._packed.to_dense()
+        return unpacked
+
+
+class MkldnnPacker:
+    """Implements Packer."""
+
+    name = "oneDNN"
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
+        return MkldnnLinear(weight, bias)
+
+
+def packer_for(native: Native | None, dtype: torch.dtype) -> Packer | None:
+    """oneDNN alone knows the matrix units that some CPUs have for bfloat16."""
+    has_matrix_unit = dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    if native is not None and native.supports(dtype) and not has_matrix_unit:
+        return NativePacker(native)
+    return MkldnnPacker() if _mkldnn_works(dtype) else None
+
+
+def agrees(module: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether it computes the linear layer, on a sample of inputs."""
+    x = sample_input(weight.shape[1], weight.dtype)
+    return close(module(x), F.linear(x, weight, bias))
+
+
+def sample_input(size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """[1, 4, size], the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(1, _SAMPLE_ROWS, size, generator=generator) * scale).to(dtype)
+
+
+def close(out: Tensor, expected: Tensor) -> bool:
+    """Equal but for the order of sums and the last rounding."""
+    tolerance = 2e-2 if expected.dtype is torch.bfloat16 else 1e-4
+    error = (out.float() - expected.float()).abs().max()
+    return out.shape == expected.shape and bool(error <= tolerance * expected.float().abs().max())
+
+
+def _mkldnn_works(dtype: torch.dtype) -> bool:
+    weight = sample_input(64, dtype)[0]
+    try:
+        return agrees(MkldnnLinear(weight, None), weight, None)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+class PackedEmbedding(nn.Module):
+    """Shares the weight of a packed linear layer."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self._packed = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self._packed.rows(ids)
+
+
+class _Merged:
+    """Several linear layers of the same input as one, computed when the first of them is asked for."""
+
+    def __init__(self, linear: nn.Module, sizes: Sequence[int]) -> None:
+        self._linear = linear
+        self._sizes = list(sizes)
+        self._input: Tensor | None = None
+        self._outs: tuple[Tensor, ...] = ()
+
+    def part(self, index: int, x: Tensor) -> Tensor:
+        if x is not self._input:
+            self._input, self._outs = x, self._linear(x).split(self._sizes, -1)
+        out = self._outs[index]
+        if index == len(self._sizes) - 1:
+            self._input, self._outs = None, ()
+        return out
+
+
+class MergedPart(nn.Module):
+    """One of the layers that `merge` makes one of. The last one is the last to be asked for."""
+
+    def __init__(self, merged: _Merged, index: int) -> None:
+        super().__init__()
+        self._merged, self._index = merged, index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._merged.part(self._index, x)
+
+
+def merge(packer: Packer, linears: Sequence[nn.Linear]) -> list[nn.Module] | None:
+    """Instead of `linears`, which have the same input and all or none a bias; None where they cannot be merged."""
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    packed = packer.pack(weight, bias)
+    if packed is None or not agrees(packed, weight, bias):
+        return None
+    merged = _Merged(packed, [linear.out_features for linear in linears])
+    return [MergedPart(merged, index) for index in range(len(linears))]

@@ -1,0 +1,310 @@
+"""The CPU's ops in C++ for x86-64 with AVX-512: linear layers over packed weights, and attention over the paged
+cache. See `native.cpp`.
+
+The library is compiled once, by the C++ compiler that is there, into the user's cache folder under a name made of
+its source. `python -m baton_kernels.native` compiles it into this package instead, for images that have no compiler
+when they run. Without library, or on another CPU, `load` says why; whoever asks has plain torch to fall back on.
+
+A row of a result does not depend on the other rows, on their number or on the number of threads, to the last bit.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from baton_kernels.naive import Window
+
+_SOURCE = Path(__file__).with_name("native.cpp")
+# No -march=native: the file may be compiled on one machine and run on another. No fast-math: NaN has to stay NaN.
+_FLAGS = (
+    *("-O3", "-std=c++17", "-march=x86-64-v4", "-mavx512bf16", "-ffp-contract=off", "-fno-exceptions"),
+    *("-fopenmp", "-shared", "-fPIC"),
+)
+_COMPILERS = ("c++", "g++", "clang++")
+_BITS = {torch.float32: 1, torch.bfloat16: 2}
+
+_PANEL = 64  # columns that are packed together
+
+_pointer, _int, _index = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+
+
+class Unavailable(Exception):
+    """Why there are no native ops here."""
+
+
+class PackedWeight(NamedTuple):
+    """Of a linear layer, [out_features, in_features]."""
+
+    data: Tensor  # int32 [panels, words, 64]: column n of the result is at [n // 64, :, n % 64]
+    out_features: int
+    dtype: torch.dtype
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the weight: ids [...] -> [..., in_features]."""
+        return self.data[ids // _PANEL, :, ids % _PANEL].view(self.dtype)
+
+
+class Steps(NamedTuple):
+    """The ragged batch of an attention step: sequence b owns the tokens [starts[b], starts[b + 1]), the last ones of
+    its lens[b] positions."""
+
+    tables: Tensor  # [B, N] int32
+    starts: Tensor  # [B + 1] int32
+    lens: Tensor  # [B] int32
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = (
+        ("base", _pointer),
+        ("block_stride", _index),
+        ("position_stride", _index),
+        ("head_stride", _index),
+        ("dim", _index),
+    )
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        ("query", _pointer),
+        ("query_token_stride", _index),
+        ("query_head_stride", _index),
+        ("out", _pointer),
+        ("key", _Cache),
+        ("value", _Cache),
+        ("tables", _pointer),
+        ("table_stride", _index),
+        ("starts", _pointer),
+        ("lens", _pointer),
+        ("seqs", _index),
+        ("heads", _index),
+        ("kv_heads", _index),
+        ("block_shift", _index),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("window", _index),
+        ("chunked", _index),
+        ("sinks", _pointer),
+    )
+
+
+class Native:
+    """The loaded library. Tensors are on the CPU, of float32 or bfloat16 as `supports` says, and their last dimension
+    is contiguous."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self._supported: int = library.baton_supported()
+        self._pack, self._linear = library.baton_pack, library.baton_linear
+        self._write, self._attention = library.baton_write, library.baton_attention
+        self._pack.argtypes = (_pointer, _index, _index, _pointer)
+        self._linear.argtypes = (
+            _int,
+            *(_pointer, _index, _index),
+            *(_pointer, _pointer, _index, _index),
+            _int,
+            *(_pointer, _index),
+        )
+        self._write.argtypes = (_pointer, *(_index,) * 5, _pointer, *(_index,) * 3, _pointer, _pointer)
+        self._rms_norm = library.baton_rms_norm
+        self._rms_norm.argtypes = (
+            _int,
+            *(_pointer, _index, _index, _index),
+            _pointer,
+            ctypes.c_float,
+            _int,
+            _pointer,
+        )
+        self._attention.argtypes = (_int, ctypes.POINTER(_Attention))
+        for function in (self._pack, self._linear, self._write, self._attention, self._rms_norm):
+            function.restype = None
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        return bool(self._supported & _BITS.get(dtype, 0))
+
+    def pack(self, weight: Tensor, memory: Tensor) -> PackedWeight:
+        """weight [N, K] contiguous, where K floats are whole 32-bit words; memory [packed_bytes(weight)] uint8."""
+        num_words = weight.shape[1] * weight.element_size() // 4
+        data = memory.view(torch.int32).view(-1, num_words, _PANEL)
+        self._pack(weight.data_ptr(), weight.shape[0], num_words, data.data_ptr())
+        return PackedWeight(data, weight.shape[0], weight.dtype)
+
+    def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+        """x @ weight^T + bias: [..., K] -> [..., N]."""
+        return self._run_linear(x, weight, bias, weight.out_features, gated=False)
+
+    def gated_linear(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        """silu(x @ g^T) * (x @ u^T), where `weight` has 32 rows of g and of u in turns: [..., K] -> [..., N / 2]."""
+        return self._run_linear(x, weight, None, weight.out_features // 2, gated=True)
+
+    def _run_linear(
+        self, x: Tensor, weight: PackedWeight, bias: Tensor | None, num_columns: int, *, gated: bool
+    ) -> Tensor:
+        rows = _rows(x)
+        out = torch.empty((*x.shape[:-1], num_columns), dtype=x.dtype)
+        self._linear(
+            x.dtype is torch.bfloat16,
+            rows.data_ptr(),
+            rows.stride(0),
+            len(rows),
+            weight.data.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            weight.data.shape[1],
+            weight.out_features,
+            gated,
+            out.data_ptr(),
+            num_columns,
+        )
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, shifted: bool = False) -> Tensor:
+        """x [..., D] / sqrt(mean(x^2) + eps), rounded to its dtype, times weight [D]; `shifted`: in float32 times
+        1 + weight."""
+        rows = _rows(x)
+        out = torch.empty(x.shape, dtype=x.dtype)
+        self._rms_norm(
+            x.dtype is torch.bfloat16,
+            rows.data_ptr(),
+            rows.stride(0),
+            *rows.shape,
+            weight.data_ptr(),
+            eps,
+            shifted,
+            out.data_ptr(),
+        )
+        return out
+
+    def write_kv(self, rows: Tensor, cache: Tensor, blocks: Tensor, offsets: Tensor) -> None:
+        """rows [T, Hkv, D] into the cache; blocks and offsets [T] int64, see naive.write_kv."""
+        rows, size = _dense(rows), rows.element_size()
+        self._write(
+            rows.data_ptr(),
+            rows.stride(0) * size,
+            rows.stride(1) * size,
+            rows.shape[0],
+            rows.shape[1],
+            rows.shape[2] * size,
+            cache.data_ptr(),
+            *(stride * size for stride in cache.stride()[:3]),
+            blocks.data_ptr(),
+            offsets.data_ptr(),
+        )
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        steps: Steps,
+        scale: float,
+        *,
+        window: Window | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """query [T, H, Dk] -> [T, H, Dv], see reference.paged_attention. The block size is a power of two."""
+        query, num_heads, v_dim = _dense(query), query.shape[1], v_cache.shape[3]
+        out = torch.empty((query.shape[0], num_heads, v_dim), dtype=query.dtype)
+        of_sinks = None if sinks is None else sinks.float().contiguous()
+        call = _Attention(
+            query.data_ptr(),
+            query.stride(0),
+            query.stride(1),
+            out.data_ptr(),
+            _Cache(k_cache.data_ptr(), *k_cache.stride()[:3], k_cache.shape[3]),
+            _Cache(v_cache.data_ptr(), *v_cache.stride()[:3], v_dim),
+            steps.tables.data_ptr(),
+            steps.tables.stride(0),
+            steps.starts.data_ptr(),
+            steps.lens.data_ptr(),
+            len(steps.lens),
+            num_heads,
+            k_cache.shape[2],
+            k_cache.shape[1].bit_length() - 1,
+            scale,
+            softcap or 0.0,
+            window.size if window else 0,
+            bool(window and window.chunked),
+            None if of_sinks is None else of_sinks.data_ptr(),
+        )
+        self._attention(query.dtype is torch.bfloat16, ctypes.byref(call))
+        return out
+
+
+def packed_bytes(weight: Tensor) -> int:
+    """Whole panels: the last one is padded."""
+    return -(-weight.shape[0] // _PANEL) * _PANEL * weight.shape[1] * weight.element_size()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """With a contiguous last dimension."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., D] -> [R, D]."""
+    return _dense(x.reshape(-1, x.shape[-1]))
+
+
+def load() -> Native:
+    """Raises Unavailable."""
+    name = library_name()
+    for path in (_SOURCE.with_name(name), cache_folder() / name):
+        if path.is_file():
+            return _open(path)
+    return _open(build(cache_folder()))
+
+
+def library_name() -> str:
+    return f"native-{hashlib.sha256(_SOURCE.read_bytes() + repr(_FLAGS).encode()).hexdigest()[:16]}.so"
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton"
+
+
+def build(folder: Path) -> Path:
+    """Compiles the library into `folder`. Raises Unavailable."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise Unavailable(f"they are written for x86-64, not for {platform.machine()}")
+    compiler = next(
+        filter(None, map(shutil.which, (os.environ.get("CXX") or _COMPILERS[0], *_COMPILERS))), None
+    )
+    if compiler is None:
+        raise Unavailable("there is no C++ compiler")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made, path = Path(scratch) / "native.so", folder / library_name()
+            subprocess.run(
+                [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)], check=True, capture_output=True, text=True
+            )
+            made.replace(path)  # at once, whoever else is doing the same
+    except subprocess.CalledProcessError as error:
+        raise Unavailable(f"{compiler} failed: {error.stderr.strip().splitlines()[:1]}") from error
+    except OSError as error:
+        raise Unavailable(f"it cannot be compiled into {folder}: {error}") from error
+    return path
+
+
+def _open(path: Path) -> Native:
+    try:
+        native = Native(path)
+    except OSError as error:
+        raise Unavailable(f"{path} cannot be loaded: {error}") from error
+    if not native.supports(torch.float32):
+        raise Unavailable("the CPU has no AVX-512")
+    return native
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{build(_SOURCE.parent)}\n")
