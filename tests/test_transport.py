@@ -1,23 +1,29 @@
 """One contract for every transport, then what only one of them promises."""
 
 import asyncio
+import atexit
 import contextlib
 import hashlib
 import importlib.util
 import os
 import random
 import secrets
+import shutil
 import signal
 import socket
+import ssl
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import psutil
 import pytest
+import trustme
 import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +38,7 @@ from baton.transfer.choose import available, make_transport
 from baton.transfer.inproc import Faults, InprocNetwork, InprocTransport
 from baton.transfer.shm import ShmTransport, boot_id, make_ring
 from baton.transfer.tcp import TcpTransport
+from baton.transfer.tls import Tls, load_tls
 from baton.transfer.ucx import UcxTransport
 from baton.transfer.ucx_library import _lanes
 from baton.transfer.vector import Vector
@@ -44,6 +51,8 @@ KINDS = [
     "inproc",
     "tcp",
     "tcp-uvloop",
+    "tls",
+    "tls-uvloop",
     "shm",
     "shm-uvloop",
     pytest.param("ucx", marks=[pytest.mark.ucx, ucx_only]),
@@ -115,6 +124,23 @@ class Sink:
             assert b"".join(buffers) == final, "a buffer was written after close"
 
 
+@cache
+def certificates(authority: str) -> tuple[str, str, str]:
+    """PEM files: a certificate by this authority, its key, the authority."""
+    directory = Path(tempfile.mkdtemp(prefix="baton-test-tls-"))
+    atexit.register(shutil.rmtree, directory)
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(directory / "ca.pem")
+    certificate = ca.issue_cert("worker.example")
+    certificate.cert_chain_pems[0].write_to_path(directory / "cert.pem")
+    certificate.private_key_pem.write_to_path(directory / "key.pem")
+    return str(directory / "cert.pem"), str(directory / "key.pem"), str(directory / "ca.pem")
+
+
+def tls_of(authority: str) -> Tls | None:
+    return load_tls(*certificates(authority))
+
+
 class World:
     """A sender and a receiver on one loop, made for one test."""
 
@@ -132,6 +158,8 @@ class World:
             return InprocTransport(self.network, self.clock, name, piece_timeout_s=PIECE_TIMEOUT_S)
         if self.kind == "tcp":
             return TcpTransport(self.clock, piece_timeout_s=PIECE_TIMEOUT_S)
+        if self.kind == "tls":
+            return TcpTransport(self.clock, piece_timeout_s=PIECE_TIMEOUT_S, tls=tls_of("fleet"))
         if self.kind == "shm":
             return ShmTransport(self.clock, piece_timeout_s=PIECE_TIMEOUT_S)
         return UcxTransport(self.clock, piece_timeout_s=PIECE_TIMEOUT_S)
@@ -816,7 +844,7 @@ class TestTcpOnTheWire:
         ("greeting", "message"),
         [
             (b"HTTP/1.1 400 Bad Request\r\n", "not a Baton worker"),
-            (b"BATN" + struct.pack("<H", 9), "wire version 9"),
+            (b"BATN" + struct.pack("<HH", 9, 9), "wire versions 9 to 9"),
             (b"", "closed the connection|connection lost"),
             (None, "did not answer within"),
         ],
@@ -847,6 +875,88 @@ class TestTcpOnTheWire:
             address = await transport.listen(Sink())
             assert address.startswith("tcp://localhost:")
             await push(await transport.connect(address, timeout_s=PUSH_S), b"x")
+
+
+class TestTls:
+    """Who is let in, and what those are told who are not."""
+
+    PLAIN = "the peer speaks TLS: set transfer.tls_cert, tls_key and tls_ca here too"
+
+    @pytest.mark.parametrize(
+        ("receiver", "sender", "message"),
+        [
+            pytest.param("fleet", None, PLAIN, id="plain-sender"),
+            pytest.param(None, "fleet", "the peer speaks no TLS: set transfer.tls_cert", id="plain-receiver"),
+            pytest.param("fleet", "other", "certificate is not accepted here", id="another-authority"),
+        ],
+    )
+    async def test_peers_that_do_not_fit(
+        self, receiver: str | None, sender: str | None, message: str
+    ) -> None:
+        sink = Sink()
+        async with (
+            transport_of("tcp", tls=receiver and tls_of(receiver)) as transport,
+            transport_of("tcp", tls=sender and tls_of(sender)) as other,
+            transport_of("tcp", tls=receiver and tls_of(receiver)) as good,
+        ):
+            address = await transport.listen(sink)
+            with pytest.raises(TransferError, match=message):
+                await other.connect(address, timeout_s=PUSH_S)
+            await push(await good.connect(address, timeout_s=PUSH_S), b"good")
+        assert [header.sequence for header in sink.headers] == [0]
+        sink.check()
+
+    async def test_a_sender_without_a_certificate_gets_no_hello(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.load_verify_locations(certificates("fleet")[2])
+        async with transport_of("tcp", tls=tls_of("fleet")) as transport:
+            port = int((await transport.listen(Sink())).rpartition(":")[2])
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+            with pytest.raises(ssl.SSLError, match="CERTIFICATE_REQUIRED"):
+                await reader.read()
+            writer.close()
+
+    async def test_nothing_readable_is_on_the_wire(self) -> None:
+        """Through a relay that keeps what it forwards."""
+        seen = bytearray()
+
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            there, back = await asyncio.open_connection("127.0.0.1", port)
+
+            async def forward(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+                while data := await source.read(2**16):
+                    seen.extend(data)
+                    target.write(data)
+                target.close()
+
+            await asyncio.gather(forward(reader, back), forward(there, writer))
+
+        sink, secret = Sink(), b"what nobody else may read" * 1000
+        async with (
+            transport_of("tcp", tls=tls_of("fleet")) as transport,
+            transport_of("tcp", tls=tls_of("fleet")) as sender,
+        ):
+            port = int((await transport.listen(sink)).rpartition(":")[2])
+            async with somebody(relay) as address:
+                connection = await sender.connect(address, timeout_s=PUSH_S)
+                await push(connection, secret)
+                await connection.aclose()
+        assert sink.content(0) == secret
+        assert len(seen) > len(secret)
+        assert b"nobody" not in seen and b"BATN" not in seen
+
+    def test_settings_that_cannot_be(self, tmp_path: Path) -> None:
+        cert, key, ca = certificates("fleet")
+        _, other_key, _ = certificates("other")
+        assert load_tls(None, None, None) is None
+        with pytest.raises(ConfigError, match="set all three, or none"):
+            load_tls(cert, None, ca)
+        for files in ((str(tmp_path / "gone"), key, ca), (cert, other_key, ca), (cert, key, key)):
+            with pytest.raises(ConfigError, match=r"cannot read transfer\.tls_cert"):
+                load_tls(*files)
+        with pytest.raises(ConfigError, match="ucx cannot encrypt"):
+            make_transport("ucx", SystemClock(), "127.0.0.1", tls=tls_of("fleet"))
 
 
 @pytest.mark.ucx

@@ -61,6 +61,9 @@ class TransferConfig:
     host: str = "127.0.0.1"  # address that the transport binds
     port: Port = 0  # that TCP binds, for networks with rules; 0: any free one. UCX: set UCX_TCP_PORT_RANGE
     advertise_host: str | None = None  # address that peers connect to, when it is another
+    tls_cert: str | None = None  # PEM file: KV over TCP is encrypted, peers without TLS are refused
+    tls_key: str | None = None  # PEM file of its key
+    tls_ca: str | None = None  # PEM file: peers show a certificate of this authority
     lease_s: Seconds = 10.0  # a hand-over that makes no progress for this long has failed
     push_timeout_s: Seconds = 10.0  # for one piece
     piece_bytes: Count = 4 * 2**20  # blocks are sent in pieces of about this size

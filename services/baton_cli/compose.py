@@ -30,6 +30,7 @@ from baton.rpc import GrpcRpc, Handlers
 from baton.telemetry import WorkerMetrics, event, serve_metrics
 from baton.transfer.base import Transport
 from baton.transfer.choose import make_transport
+from baton.transfer.tls import load_tls
 from baton_decode.receive import Receiver
 from baton_decode.service import DecodeService
 from baton_prefill.service import PrefillService
@@ -56,6 +57,7 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
             kv.host,
             port=kv.port,
             advertise_host=_advertise_host(kv.host, kv.advertise_host),
+            tls=load_tls(kv.tls_cert, kv.tls_key, kv.tls_ca),
         )
         closing.push_async_callback(transport.aclose)
         receiver = Receiver(

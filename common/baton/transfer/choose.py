@@ -14,11 +14,16 @@ from baton.transfer.base import Transport
 from baton.transfer.best_of import BestOf
 from baton.transfer.shm import ShmTransport
 from baton.transfer.tcp import TcpTransport
+from baton.transfer.tls import Tls
 from baton.transfer.ucx import UcxTransport
 
 log = logging.getLogger(__name__)
 
 _RDMA_DEVICES = Path("/sys/class/infiniband")
+_NO_RDMA_IN_UCX = (
+    "this UCX was built without RDMA, or UCX_TLS, UCX_NET_DEVICES or transfer.host keep it from the devices; pip's is "
+    "built without, RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY=true takes the system's"
+)
 
 
 def available() -> list[str]:
@@ -28,22 +33,31 @@ def available() -> list[str]:
 
 
 def make_transport(
-    name: str, clock: Clock, host: str, *, port: int = 0, advertise_host: str | None = None
+    name: str,
+    clock: Clock,
+    host: str,
+    *,
+    port: int = 0,
+    advertise_host: str | None = None,
+    tls: Tls | None = None,
 ) -> Transport:
     """`auto` is shared memory, UCX where it has a network that is faster than TCP, and TCP. `host` is not of interest
-    to shared memory, `port` and `advertise_host` are TCP's alone. Raises ConfigError."""
+    to shared memory; `port`, `advertise_host` and `tls` are TCP's alone. With `tls` nothing leaves the host in the
+    clear, so there is no UCX. Raises ConfigError."""
     makers: dict[str, Callable[[], list[Transport]]] = {
         "shm": lambda: [ShmTransport(clock)],
         "ucx": lambda: [UcxTransport(clock, host)],
-        "tcp": lambda: [TcpTransport(clock, host, port, advertise_host=advertise_host)],
+        "tcp": lambda: [TcpTransport(clock, host, port, advertise_host=advertise_host, tls=tls)],
     }
     if name == "auto":
         shm = makers["shm"]() if _has_shm() else []
-        return BestOf(clock, [*shm, *_fast_ucx(clock, host), *makers["tcp"]()])
+        return BestOf(clock, [*shm, *_fast_ucx(clock, host, tls), *makers["tcp"]()])
     if name not in makers:
         raise ConfigError(f"transfer.transport {name!r} is not known: choose auto, shm, ucx or tcp")
     if name == "shm" and not _has_shm():
         raise ConfigError("--transport shm needs Linux: choose auto or tcp")
+    if name == "ucx" and tls is not None:
+        raise ConfigError("--transport ucx cannot encrypt: choose auto or tcp, or leave transfer.tls_* out")
     return BestOf(clock, makers[name]())
 
 
@@ -51,20 +65,18 @@ def _has_shm() -> bool:
     return sys.platform == "linux"
 
 
-def _fast_ucx(clock: Clock, host: str) -> list[Transport]:
+def _fast_ucx(clock: Clock, host: str, tls: Tls | None) -> list[Transport]:
     """None where UCX has nothing but TCP, because ours is faster. Who has an RDMA device expects it to be used."""
     if not _RDMA_DEVICES.is_dir() or not any(_RDMA_DEVICES.iterdir()):
         return []
     try:
+        if tls is not None:
+            raise ConfigError("UCX cannot encrypt, and transfer.tls_* is set")
         ucx = UcxTransport(clock, host)
+        if not ucx.has_fast_network:
+            raise ConfigError(_NO_RDMA_IN_UCX)
     except ConfigError as error:
         why = error.message
-    else:
-        if ucx.has_fast_network:
-            return [ucx]
-        why = (
-            "this UCX was built without RDMA, or UCX_TLS, UCX_NET_DEVICES or transfer.host keep it from the devices; "
-            "pip's is built without, RAPIDS_LIBUCX_PREFER_SYSTEM_LIBRARY=true takes the system's"
-        )
-    event(log, "this host has RDMA, but KV goes over TCP", level=logging.WARNING, why=why)
-    return []
+        event(log, "this host has RDMA, but KV goes over TCP", level=logging.WARNING, why=why)
+        return []
+    return [ucx]

@@ -17,6 +17,7 @@ MAX_SKIPPED_BYTES = 2**30  # of a refused piece; more than that is no piece of o
 
 HELLO = struct.Struct("<4sHH")
 ANSWER = struct.Struct("<BH")
+START_BYTES = 4  # of a hello; enough to tell TLS apart, whose shortest message is shorter than a hello
 _MAGIC = b"BATN"
 
 
@@ -42,6 +43,12 @@ def check_hello(data: bytes | bytearray | memoryview) -> None:
         raise TransferError(
             f"the peer speaks wire versions {oldest} to {newest}, this worker {min(VERSIONS)} to {max(VERSIONS)}"
         )
+
+
+def check_start(data: bytes | bytearray) -> None:
+    """Of the first bytes that a peer says: some say hello in TLS."""
+    if data[:2] in (b"\x15\x03", b"\x16\x03"):
+        raise TransferError("the peer speaks TLS: set transfer.tls_cert, tls_key and tls_ca here too")
 
 
 def check_header_bytes(num_bytes: int) -> None:

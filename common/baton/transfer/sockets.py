@@ -218,4 +218,6 @@ class SocketTransport(Transport):
 async def greet(stream: Stream) -> None:
     """Both sides say hello before they listen, so that both learn what does not fit. Raises TransferError."""
     await stream.write(Vector((memoryview(framing.hello()),)))
-    framing.check_hello(await stream.read(framing.HELLO.size))
+    start = await stream.read(framing.START_BYTES)
+    framing.check_start(start)
+    framing.check_hello(start + await stream.read(framing.HELLO.size - framing.START_BYTES))

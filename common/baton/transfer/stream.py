@@ -29,6 +29,9 @@ class Stream:
         self._scratch: bytearray | None = None
         self.closed = False
 
+    async def shake_hands(self) -> None:
+        """Nothing to agree upon."""
+
     async def read_into(self, target: Vector) -> None:
         await self._run(self._read, target, self._loop.add_reader, self._loop.remove_reader)
 

@@ -1,6 +1,6 @@
 """KV over plain TCP, straight from the payload's buffers and straight into the sink's.
 
-There is no authentication and no encryption: bind to a network you trust.
+Without TLS (`transfer.tls`) there is no authentication and no encryption: bind to a network you trust.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from baton.errors import ConfigError, TransferError
 from baton.transfer.base import PIECE_TIMEOUT_S
 from baton.transfer.sockets import Line, SocketTransport, greet
 from baton.transfer.stream import Stream
+from baton.transfer.tls import Tls, TlsStream
 
 # Buffer sizes are left alone: Linux tunes them itself, up to tcp_rmem and tcp_wmem, until somebody sets them.
 # Keep-alive: an idle peer whose machine vanished is noticed after a minute.
@@ -38,6 +39,7 @@ class TcpTransport(SocketTransport):
         *,
         advertise_host: str | None = None,
         piece_timeout_s: float = PIECE_TIMEOUT_S,
+        tls: Tls | None = None,
     ) -> None:
         if advertise_host is None and host in ("", "0.0.0.0", "::"):
             raise ConfigError(
@@ -46,6 +48,7 @@ class TcpTransport(SocketTransport):
         super().__init__(clock, piece_timeout_s=piece_timeout_s)
         self._host = host
         self._port = port
+        self._tls = tls
         self._advertise_host = advertise_host or host
 
     async def _bind(self) -> tuple[socket.socket, str]:
@@ -77,14 +80,23 @@ class TcpTransport(SocketTransport):
         return sock
 
     async def _greet(self, sock: socket.socket, *, is_receiver: bool) -> Line:
-        stream = self._open(sock)
-        await greet(stream)
-        return Line(stream)
-
-    def _open(self, sock: socket.socket) -> Stream:
         for level, option, value in _OPTIONS:
             sock.setsockopt(level, option, value)
-        return Stream(sock)
+        stream = self._open(sock, is_receiver)
+        try:
+            await stream.shake_hands()
+            await greet(stream)
+        except BaseException:
+            stream.close()  # which may have taken the socket over
+            raise
+        return Line(stream)
+
+    def _open(self, sock: socket.socket, is_receiver: bool) -> Stream:
+        if self._tls is None:
+            return Stream(sock)
+        return TlsStream(
+            sock, self._tls.receiver if is_receiver else self._tls.sender, is_receiver=is_receiver
+        )
 
     def _name_of(self, peer: Any) -> str:
         return _format(peer[0], peer[1])
