@@ -159,6 +159,7 @@ class Collected:
         self.finished: dict[str, str] = {}
         self.errors: dict[str, str] = {}
         self.admitted: list[str] = []
+        self.corrupted: set[str] = set()
         self._first_index: dict[str, int] = {}  # 1 for a request that was handed over
 
     def add(self, output: StepOutput) -> None:
@@ -173,6 +174,8 @@ class Collected:
             if row.finish_reason is not None:
                 self.finished[row.request_id] = row.finish_reason.value
                 self.errors[row.request_id] = row.error
+            if row.corrupted:
+                self.corrupted.add(row.request_id)
 
 
 async def run_until_idle(

@@ -396,7 +396,7 @@ async def test_a_request_without_numbers_fails_alone() -> None:
     runner.nan_requests.add(A)
     collected = await run_until_idle(engine)
     assert collected.finished == {"a": "error", "b": "length"}
-    assert "not numbers" in collected.errors["a"]
+    assert "not numbers" in collected.errors["a"] and collected.corrupted == {"a"}
     assert collected.tokens["b"] == expected_tokens(range(9), 4)
     _assert_idle(engine)
 

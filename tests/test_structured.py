@@ -1,18 +1,23 @@
 """Answers of a model with random weights match the grammar they were asked to match, and what is wrong with a grammar
 is said before anything is generated."""
 
+import asyncio
 import json
 import random
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from reference import make_model
 from router_parts import byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from baton.engine.masks import MaskMaker
+from baton.engine.sampling_state import SamplingState
 from baton.engine.structured import MAX_COMPILED, MAX_SOURCE_CHARS, Grammars
 from baton.errors import InternalError, InvalidRequest
 from baton.llm import LLM, RequestOutput
@@ -170,6 +175,53 @@ def test_matchers_of_one_grammar_do_not_share_their_place() -> None:
     assert _allowed(second.mask()) == {ord("a")}
     with pytest.raises(InternalError, match="refused token 99"):
         second.accept(ord("c"))
+
+
+async def test_a_grammar_is_compiled_beside_the_event_loop() -> None:
+    """Reading the tokenizer and compiling happen in a thread of their own, once; what is wrong is said there."""
+    threads = []
+
+    def load() -> Tokenizer:
+        threads.append(threading.current_thread())
+        return byte_tokenizer()
+
+    grammars = Grammars(load, BYTE_VOCAB_SIZE)
+    grammar = Grammar(GrammarKind.REGEX, "ab+")
+    await asyncio.gather(*(grammars.prepare(grammar) for _ in range(3)))
+    assert len(threads) == 1 and threads[0] is not threading.main_thread()
+    [compiled] = grammars._compiled.values()
+    assert _allowed(grammars.matcher(grammar).mask()) == {ord("a")}
+    assert list(grammars._compiled.values()) == [compiled]
+    with pytest.raises(InvalidRequest, match="cannot be compiled"):
+        await grammars.prepare(Grammar(GrammarKind.REGEX, "("))
+
+
+def test_masks_are_made_while_the_model_runs() -> None:
+    """Once for each token, in another thread, and there when the forward pass has ended."""
+    started, may_end, threads = threading.Event(), threading.Event(), []
+
+    class Slow:
+        has_ended = False
+
+        def accept(self, token_id: int) -> None:
+            pass
+
+        def mask(self) -> Any:
+            threads.append(threading.current_thread())
+            started.set()
+            assert may_end.wait(30)
+            return np.array([len(threads)], dtype=np.int32)
+
+    request = Request(RequestId("r"), (1,), SamplingParams(grammar=Grammar(GrammarKind.REGEX, "a")))
+    state, maker = SamplingState(request, 32, Slow()), MaskMaker()
+    for number in (1, 2):
+        with maker.beside([state, None]):
+            assert started.wait(30), "the forward pass would have to wait for the mask"
+            may_end.set()
+        assert [state.mask(), state.mask()] == [np.array([number])] * 2
+        assert len(threads) == number and threads[-1] is not threading.current_thread()
+        state.append(5)
+    maker.close()
 
 
 def test_only_the_last_grammars_are_kept() -> None:

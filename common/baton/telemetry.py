@@ -141,6 +141,11 @@ class WorkerMetrics:
         self._running, self._waiting = requests.labels("running"), requests.labels("waiting")
         tokens = Counter("baton_tokens", "Tokens computed.", ["kind"], registry=registry)
         self._prompt_tokens, self._output_tokens = tokens.labels("prompt"), tokens.labels("output")
+        self._corrupted = Counter(
+            "baton_corrupted_requests",
+            "Requests that failed because the model's logits were no numbers.",
+            registry=registry,
+        )
         self._steps = Histogram(
             "baton_step_seconds", "Engine steps.", buckets=STEP_BUCKETS_S, registry=registry
         )
@@ -192,6 +197,9 @@ class WorkerMetrics:
         self._steps.observe(seconds)
         self._prompt_tokens.inc(num_prompt_tokens)
         self._output_tokens.inc(num_output_tokens)
+
+    def count_corrupted(self, num_requests: int) -> None:
+        self._corrupted.inc(num_requests)
 
     def observe_transfer(self, report: TransferReport) -> None:
         self._transfer_seconds.labels(report.direction, report.outcome).observe(report.seconds)

@@ -159,12 +159,21 @@ async def _metrics(
     config: WorkerConfig, worker: Worker, metrics: WorkerMetrics, registry: CollectorRegistry
 ) -> AsyncIterator[int | None]:
     """Counts the engine's steps; serves the registry over HTTP if a port is configured."""
+    count_steps(worker, metrics)
+    if config.metrics_port is None:
+        yield None
+    else:
+        async with serve_metrics(config.host, config.metrics_port, registry) as port:
+            yield port
 
+
+def count_steps(worker: Worker, metrics: WorkerMetrics) -> None:
     def on_step(output: StepOutput) -> None:
         engine, load = worker.engine, worker.engine.load()
         used = engine.num_used_blocks
         metrics.set_blocks(used=used, free=engine.num_blocks - used, total=engine.num_blocks)
         metrics.set_requests(running=load.num_running, waiting=load.num_waiting)
+        metrics.count_corrupted(sum(row.corrupted for row in output.outputs))
         if output.num_tokens:
             num_output = sum(len(row.token_ids) for row in output.outputs)
             metrics.observe_step(
@@ -175,8 +184,3 @@ async def _metrics(
 
     worker.listen(on_step)
     on_step(StepOutput(outputs=(), admitted=(), num_tokens=0, seconds=0.0))
-    if config.metrics_port is None:
-        yield None
-    else:
-        async with serve_metrics(config.host, config.metrics_port, registry) as port:
-            yield port

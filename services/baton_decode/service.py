@@ -60,6 +60,7 @@ class DecodeService:
     async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateChunk, None]:
         rows: asyncio.Queue[SequenceOutput] = asyncio.Queue()
         engine = self._worker.engine
+        await engine.prepare(call.request)
         names = begin_samples(engine, call.request, engine.add)
         running = {name: sample for sample, name in enumerate(names)}
 
@@ -73,7 +74,7 @@ class DecodeService:
             while running:
                 row = await rows.get()
                 if row.finish_reason is FinishReason.ERROR:
-                    raise InternalError(f"the engine failed on {row.request_id}")
+                    raise InternalError(f"the engine failed on {row.request_id}: {row.error}")
                 yield GenerateChunk(
                     row.first_index,
                     row.token_ids,

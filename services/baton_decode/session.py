@@ -2,6 +2,7 @@
 
     Submit (remote) --> engine.reserve --admitted--> Ticket --> KV arrives (receive.py) --> engine.activate --> Steps
     Submit (local)  --> engine.add ----------------------------------------------------------------------> Steps
+                        with a grammar: engine.prepare before; a Cancel waits for it
                         n > 1: engine.fork for each further sample; they wait for the first one's prompt
     Cancel, or the session's end --> the request's task is cancelled --> pieces drained --> engine.abort
 
@@ -76,6 +77,8 @@ class Session:
         self._out: list[SessionDown] = []
         self._wake = asyncio.Event()
         self._say(Heartbeat(self._worker.engine.load()))  # a first sign of life: the router waits for it
+        self._preparing: set[asyncio.Task[None]] = set()
+        self._early_cancels: list[Cancel] = []  # perhaps of requests that are being prepared
         self._ending: set[asyncio.Task[None]] = set()
         self._worker.listen(self._on_step)
 
@@ -102,6 +105,9 @@ class Session:
 
     async def aclose(self) -> None:
         self._worker.unlisten(self._on_step)
+        for task in self._preparing:
+            task.cancel()
+        await asyncio.gather(*self._preparing, return_exceptions=True)
         for job in tuple(self._jobs.values()):
             self._end(job)
         if self._ending:
@@ -110,6 +116,28 @@ class Session:
     # --- a request's start ---
 
     def _submit(self, submit: Submit) -> None:
+        if submit.request.sampling.grammar is None:
+            self._place(submit)
+        else:
+            task = asyncio.create_task(self._prepare(submit))
+            self._preparing.add(task)
+            task.add_done_callback(self._prepared)
+
+    async def _prepare(self, submit: Submit) -> None:
+        try:
+            await self._worker.engine.prepare(submit.request)
+        except BatonError as error:
+            self._say(Failure(submit.handle, error.code, error.message))
+        else:
+            self._place(submit)
+
+    def _prepared(self, task: asyncio.Task[None]) -> None:
+        self._preparing.discard(task)
+        cancels, self._early_cancels = self._early_cancels, []
+        for cancel in cancels:
+            self._cancel(cancel)
+
+    def _place(self, submit: Submit) -> None:
         engine = self._worker.engine
         begin = engine.reserve if submit.remote_prefill else engine.add
         try:
@@ -190,6 +218,8 @@ class Session:
     def _cancel(self, cancel: Cancel) -> None:
         sample = self._by_handle.get(cancel.handle)
         if sample is None:
+            if self._preparing:
+                self._early_cancels.append(cancel)
             return
         job = sample.job
         if job.num_running > 1:
@@ -252,8 +282,13 @@ class Session:
             if (row.token_ids or row.finish_reason is not None)
             and (sample := self._samples.get(row.request_id)) is not None
         ]
-        if told:
-            self._say(self._step(told))
+        for sample, row in told:
+            if row.finish_reason is FinishReason.ERROR:
+                why = f"the engine failed on {row.request_id}: {row.error}"
+                self._say(Failure(sample.handle, InternalError.code, why))
+        going_on = [each for each in told if each[1].finish_reason is not FinishReason.ERROR]
+        if going_on:
+            self._say(self._step(going_on))
         for sample, row in told:
             if row.finish_reason is not None:
                 self._forget(sample)

@@ -95,6 +95,7 @@ class PrefillService:
     async def prefill(self, call: PrefillCall) -> PrefillResult:
         request, ticket = call.request, call.ticket
         self._check(ticket)
+        await self._worker.engine.prepare(request)
         self._worker.engine.add(request, prefill_only=True)
         push = Push(
             ticket,
@@ -159,9 +160,8 @@ class PrefillService:
             if job.first_step_s is None:
                 job.first_step_s = self._clock.now() - output.seconds
             if row.finish_reason in (FinishReason.ERROR, FinishReason.ABORT) or sequence is None:
-                job.done.set_exception(
-                    InternalError(f"prefill of {row.request_id} failed: {row.finish_reason}")
-                )
+                why = row.error or str(row.finish_reason)
+                job.done.set_exception(InternalError(f"prefill of {row.request_id} failed: {why}"))
             elif row.token_ids:
                 job.push.finish(row.token_ids[0], sequence.block_table)
                 job.done.set_result(row)

@@ -69,6 +69,10 @@ class Batch:
 
 
 class Grammars(Protocol):
+    async def prepare(self, grammar: Grammar) -> None:
+        """Compiles it beside the event loop, so that `matcher` answers at once. Raises InvalidRequest."""
+        ...
+
     def matcher(self, grammar: Grammar) -> Matcher:
         """Raises InvalidRequest."""
         ...
@@ -115,6 +119,7 @@ class SequenceOutput:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     error: str = ""  # why, where finish_reason is ERROR
+    corrupted: bool = False  # it is because the model's logits were no numbers
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token where the request asked for them
     prompt_logprobs: PromptLogprobs | None = None  # with the first token, where the request asked for them
 

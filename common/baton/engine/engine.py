@@ -34,7 +34,11 @@ from baton.request import FinishReason, PromptLogprobs, Request, RequestId, Toke
 _log = logging.getLogger(__name__)
 
 # What a runner gives in place of a token.
-_NO_TOKEN = {-1: "the model's logits are not numbers", -2: "the request's own limits allow no further token"}
+_NO_NUMBER = -1
+_NO_TOKEN = {
+    _NO_NUMBER: "the model's logits are not numbers",
+    -2: "the request's own limits allow no further token",
+}
 
 
 class Engine:
@@ -74,6 +78,13 @@ class Engine:
         self._on_layers: Callable[[LayerProgress], None] | None = None
 
     # --- requests ---
+
+    async def prepare(self, request: Request) -> None:
+        """Before `add` or `reserve`: whatever of it takes long is done beside the event loop. Raises
+        InvalidRequest."""
+        grammar, grammars = request.sampling.grammar, self._runner.grammars
+        if grammar is not None and grammars is not None:
+            await grammars.prepare(grammar)
 
     def add(self, request: Request, *, prefill_only: bool = False) -> None:
         """Raises InvalidRequest, RequestTooLarge or Overloaded; then nothing has changed."""
@@ -300,7 +311,7 @@ class Engine:
             if step.error is not None:
                 yield self._fail(row.sequence, f"{type(step.error).__name__}: {step.error}")
             elif token is not None and token < 0:
-                yield self._fail(row.sequence, _NO_TOKEN[token])
+                yield self._fail(row.sequence, _NO_TOKEN[token], corrupted=token == _NO_NUMBER)
             else:
                 yield self._advance_or_fail(row.sequence, row.num_tokens, token)
 
@@ -341,7 +352,7 @@ class Engine:
         elif len(sequence.token_ids) >= sequence.max_num_tokens:
             sequence.finish_reason = FinishReason.LENGTH
 
-    def _fail(self, sequence: Sequence, error: str) -> SequenceOutput:
+    def _fail(self, sequence: Sequence, error: str, *, corrupted: bool = False) -> SequenceOutput:
         sequence.finish_reason = FinishReason.ERROR
         num_computed_tokens = sequence.num_computed_tokens
         if sequence.prefill_only:
@@ -355,6 +366,7 @@ class Engine:
             (),
             FinishReason.ERROR,
             error,
+            corrupted=corrupted,
         )
 
     def _drop(self, sequence: Sequence) -> None:

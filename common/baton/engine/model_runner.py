@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from baton.config import EngineConfig, ModelConfig
 from baton.engine.batch import Batch, BatchRow
+from baton.engine.masks import MaskMaker
 from baton.engine.sampler import sample
 from baton.engine.scoring import Scored, score
 from baton.engine.structured import Grammars
@@ -80,6 +81,7 @@ class TorchModelRunner:
         # On other devices a layer's KV is written some time after the call that asks for it.
         self._tells_layers = storage.data.device.type == "cpu"
         self._drawn: Tensor | None = None  # by the batch before; stays on the device
+        self._masks = MaskMaker()
         # The number of OpenMP threads is a property of the thread that starts them.
         self._thread = ThreadPoolExecutor(1, "baton-model", torch.set_num_threads, (num_threads,))
 
@@ -105,14 +107,16 @@ class TorchModelRunner:
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._thread.shutdown)
+        self._masks.close()
 
     @torch.inference_mode()
     def _run(self, batch: Batch, on_written: Callable[[int], None] | None) -> tuple[int, ...]:
         if batch.copies:
             self._storage.copy_blocks(batch.copies)
-        inputs, self._drawn = self._prepare(batch), None
-        inputs.paged.on_written = on_written
-        logits = self._forward(inputs)
+        with self._masks.beside(row.state for row in batch.rows if row.sample):
+            inputs, self._drawn = self._prepare(batch), None
+            inputs.paged.on_written = on_written
+            logits = self._forward(inputs)
         if inputs.scored:
             score(logits[len(inputs.sampled) :], inputs.scored)
             logits = logits[: len(inputs.sampled)]

@@ -54,9 +54,11 @@ class SamplingState:
         self._allowed = _bitmask(params.allowed_token_ids, vocab_size) if params.allowed_token_ids else None
         self._stop_ids = tuple(sorted(i for i in request.stop_ids if i < vocab_size))
         self._output: list[int] = []
+        self._mask: Bitmask | None = None  # the grammar's, for the tokens so far
 
     def append(self, token_id: int) -> None:
         self._output.append(token_id)
+        self._mask = None
         if self.counts is not None:
             self.counts.add(token_id)
         if self.matcher is not None:
@@ -67,10 +69,12 @@ class SamplingState:
         return self.matcher is not None and self.matcher.has_ended
 
     def mask(self) -> Bitmask | None:
+        """Computed once for each token: see `masks`. A grammar cannot be combined with allowed tokens."""
         if self.matcher is None:
             return self._allowed
-        mask = self.matcher.mask()
-        return mask if self._allowed is None else mask & self._allowed
+        if self._mask is None:
+            self._mask = self.matcher.mask()
+        return self._mask
 
     def forbidden(self) -> list[int]:
         """Tokens that may not come next, whatever the mask says."""

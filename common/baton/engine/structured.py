@@ -6,9 +6,11 @@
 A tokenizer whose tokens have no bytes of their own (words that are joined with spaces) cannot be constrained.
 """
 
+import asyncio
 import functools
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import llguidance
 import numpy as np
@@ -41,23 +43,38 @@ FORMATS = {
 
 
 class Grammars:
-    """Confined to the engine's thread; the matchers it makes are used in one thread at a time."""
+    """Confined to the engine's event loop, but for the compiling that `prepare` does in a thread of its own; the
+    matchers it makes are used in one thread at a time."""
 
     def __init__(self, load_tokenizer: Callable[[], Tokenizer], vocab_size: int) -> None:
         """`load_tokenizer` is called for the first grammar; it raises ConfigError. `vocab_size` is the model's."""
         self._load_tokenizer = load_tokenizer
         self._vocab_size = vocab_size
         self._compiled: OrderedDict[Grammar, llguidance.LLMatcher] = OrderedDict()
+        self._thread = ThreadPoolExecutor(
+            1, "baton-grammars"
+        )  # one: compiling must not take the model's cores
+
+    async def prepare(self, grammar: Grammar) -> None:
+        """Compiles it beside the event loop, so that `matcher` answers at once. Raises InvalidRequest."""
+        if grammar not in self._compiled:
+            loop = asyncio.get_running_loop()
+            self._keep(grammar, await loop.run_in_executor(self._thread, self._compile_once, grammar))
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """Raises InvalidRequest for a grammar that is wrong, too large or too complex."""
-        compiled = self._compiled.get(grammar)
-        if compiled is None:
-            compiled = self._compiled[grammar] = self._compile(grammar)
-            if len(self._compiled) > MAX_COMPILED:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
+        compiled = self._compile_once(grammar)
+        self._keep(grammar, compiled)
         return _Matcher(compiled.deep_copy(), self._vocab_size)
+
+    def _keep(self, grammar: Grammar, compiled: llguidance.LLMatcher) -> None:
+        self._compiled[grammar] = compiled
+        self._compiled.move_to_end(grammar)
+        if len(self._compiled) > MAX_COMPILED:
+            self._compiled.popitem(last=False)
+
+    def _compile_once(self, grammar: Grammar) -> llguidance.LLMatcher:
+        return self._compiled.get(grammar) or self._compile(grammar)
 
     def _compile(self, grammar: Grammar) -> llguidance.LLMatcher:
         if len(grammar.source) > MAX_SOURCE_CHARS:

@@ -1,0 +1,34 @@
+"""Computes the grammars' masks of a step beside its forward pass, in a thread of its own.
+
+A mask depends on the tokens that its state has been told, which do not change while a step runs. llguidance releases
+the GIL, so that the model's thread goes on meanwhile.
+"""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+
+from baton.engine.sampling_state import SamplingState
+
+
+class MaskMaker:
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "baton-masks")
+
+    @contextmanager
+    def beside(self, states: Iterable[SamplingState | None]) -> Iterator[None]:
+        """What the block does not wait for is there when it is left; until then nobody else may use the states."""
+        making = [
+            self._thread.submit(state.mask)
+            for state in states
+            if state is not None and state.matcher is not None
+        ]
+        try:
+            yield
+        finally:
+            wait(making)
+        for made in making:
+            made.result()
+
+    def close(self) -> None:
+        self._thread.shutdown()
