@@ -5,7 +5,7 @@ An `Answer` is open for as long as its client is there: closing it early cancels
 
 import logging
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -79,25 +79,15 @@ class OpenAnswers:
 class Choice:
     """One of an answer's texts: its detokenizer, its stop strings, its end."""
 
-    __slots__ = (
-        "_is_silent",
-        "_text",
-        "_wants_logprobs",
-        "finish_reason",
-        "index",
-        "logprobs",
-        "num_output_tokens",
-    )
+    __slots__ = ("_text", "_wants_logprobs", "finish_reason", "index", "logprobs", "num_output_tokens")
 
-    def __init__(self, index: int, text: TextStream, *, wants_logprobs: bool, is_silent: bool) -> None:
-        """`is_silent`: its tokens are a by-product, and not told."""
+    def __init__(self, index: int, text: "TextStream | NoText", *, wants_logprobs: bool) -> None:
         self.index = index
         self.num_output_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens read last, where they were asked for
         self._text = text
         self._wants_logprobs = wants_logprobs
-        self._is_silent = is_silent
 
     def read(self, items: list[Tokens]) -> Delta:
         """The text of what came. Raises InternalError when it ended, but not as it should."""
@@ -107,8 +97,6 @@ class Choice:
             token_ids = tuple([token_id for item in items for token_id in item.token_ids])
             finish_reason = items[-1].finish_reason
         delta = self._text.push(token_ids, finish_reason)
-        if self._is_silent:
-            delta = "", (), delta[2]
         self.num_output_tokens += len(delta[1])
         if self._wants_logprobs:
             found = [each for item in items for each in item.logprobs]
@@ -123,6 +111,13 @@ class Choice:
         self.finish_reason = reason
 
 
+class NoText:
+    """In place of a TextStream where the tokens are a by-product, and not told."""
+
+    def push(self, token_ids: tuple[int, ...], finish_reason: FinishReason | None) -> Delta:
+        return "", (), finish_reason
+
+
 class Answer:
     """One request being answered: an async context, which ends the request when it is left, with one reader.
 
@@ -130,7 +125,7 @@ class Answer:
             async for items in answer.tokens:
                 for choice, (text, token_ids, finish_reason) in answer.read(items):
                     ...
-                if answer.is_finished:
+                if not answer.num_running:
                     break
 
     Leaving it unfinished and without an error raises InternalError.
@@ -140,10 +135,11 @@ class Answer:
         "_arrival_s",
         "_finished_s",
         "_first_token_s",
-        "_num_running",
         "_open",
+        "_single",
         "_timeout_s",
         "choices",
+        "num_running",
         "prompt_logprobs",
         "request",
         "status",
@@ -171,13 +167,15 @@ class Answer:
         self.choices = tuple(
             Choice(
                 index,
-                open_answers.token_text.stream(params.stop, request.stop_ids, params.min_tokens),
+                NoText()
+                if prompt_only
+                else open_answers.token_text.stream(params.stop, request.stop_ids, params.min_tokens),
                 wants_logprobs=params.logprobs is not None,
-                is_silent=prompt_only,
             )
             for index in range(params.n)
         )
-        self._num_running = params.n
+        self.num_running = params.n  # choices that have not ended
+        self._single = self.choices[0] if params.n == 1 else None
         self._open = open_answers
         self._arrival_s = arrival_s
         self._timeout_s = timeout_s
@@ -192,7 +190,7 @@ class Answer:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if exc is None and not self.is_finished:
+        if exc is None and self.num_running:
             exc = InternalError("the tokens ended without a reason")
         try:
             await self.tokens.aclose()
@@ -205,18 +203,17 @@ class Answer:
         if exc_type is None and exc is not None:
             raise exc
 
-    def read(self, items: list[Tokens]) -> list[tuple[Choice, Delta]]:
+    def read(self, items: list[Tokens]) -> Sequence[tuple[Choice, Delta]]:
         """The text of what came, choice by choice. Raises InternalError when one ended, but not as it should."""
         if self._first_token_s is None:
             self._first_token_s = self._open.clock.now()
             self.prompt_logprobs = items[0].prompt_logprobs
-        if len(self.choices) > 1:
+        if self._single is None:
             return self._read_choices(items)
-        [choice] = self.choices
-        delta = choice.read(items)
+        delta = self._single.read(items)
         if delta[2] is not None:
             self._finish()
-        return [(choice, delta)]
+        return ((self._single, delta),)
 
     def _read_choices(self, items: list[Tokens]) -> list[tuple[Choice, Delta]]:
         parts: dict[int, list[Tokens]] = {}
@@ -236,13 +233,9 @@ class Answer:
         return read
 
     def _finish(self) -> None:
-        self._num_running -= 1
-        if self.is_finished:
+        self.num_running -= 1
+        if not self.num_running:
             self._finished_s = self._open.clock.now()
-
-    @property
-    def is_finished(self) -> bool:
-        return not self._num_running
 
     @property
     def num_output_tokens(self) -> int:

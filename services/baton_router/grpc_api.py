@@ -71,7 +71,7 @@ class RouterService:
                         first_index, token_ids, finish_reason, text, choice.logprobs, prompt_logprobs,
                         choice.index,
                     )  # fmt: skip
-                if answer.is_finished:
+                if not answer.num_running:
                     break
 
     async def cancel(self, call: CancelCall) -> CancelResult:

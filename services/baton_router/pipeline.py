@@ -249,7 +249,8 @@ class Pipeline:
     def _count(self, record: Record, batch: list[Tokens]) -> None:
         if record.first_token_s is None:
             record.first_token_s = self._clock.now()
-        record.num_output_tokens += sum(len(tokens.token_ids) for tokens in batch)
+        for tokens in batch:
+            record.num_output_tokens += len(tokens.token_ids)
         if batch[-1].finish_reason is not None:
             record.finish_reason = batch[-1].finish_reason.value
 

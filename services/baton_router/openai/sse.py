@@ -173,7 +173,7 @@ class EventStream(Response):
                         chunk = writers[choice.index].write(delta, choice.logprobs)
                     else:
                         chunk = b"".join([writers[c.index].write(delta, c.logprobs) for c, delta in read])
-                    if answer.is_finished:
+                    if not answer.num_running:
                         exchange.is_complete = True
                         chunk += writers[0].usage(usage(answer)) + DONE
                         await exchange.send({"type": "http.response.body", "body": chunk, "more_body": False})

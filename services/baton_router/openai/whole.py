@@ -29,7 +29,7 @@ async def whole_answer(opening: Answer, format_of: Callable[[Request], AnswerFor
                 of_choice.texts.append(text)
                 of_choice.token_ids += token_ids
                 of_choice.logprobs += choice.logprobs
-            if answer.is_finished:
+            if not answer.num_running:
                 break
     format = format_of(answer.request)
     starts = await choice_starts(format, answer)
