@@ -18,7 +18,7 @@ SOURCES := common/baton services loadtest kernels
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints-cpu.txt
 
-.PHONY: install run test test-containers lint proto bench bench-kernels survey demo-model clean
+.PHONY: install run test test-containers lint proto bench bench-kernels kernel-gate survey demo-model clean
 
 install: $(INSTALLED)
 
@@ -63,8 +63,12 @@ proto: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_fleet.py $(ARGS)
 
-bench-kernels: $(INSTALLED)
-	$(BIN)/python benchmarks/bench_kernels.py $(ARGS)
+# Installs nothing: on a GPU machine any Python with torch, Triton and transformers will do (PYTHON=...).
+bench-kernels:
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/bench_kernels.py $(ARGS)
+
+kernel-gate: $(INSTALLED)
+	$(BIN)/python tests/kernels/compile_gate.py $(ARGS)
 
 survey: $(INSTALLED)
 	$(BIN)/python scripts/survey_models.py $(ARGS)

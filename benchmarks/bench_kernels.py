@@ -3,60 +3,36 @@
     make bench-kernels [ARGS="--only decode"]
 
 Shapes are those of an 8B Llama (32 query heads, 8 KV heads of 128, hidden 4096, MLP 14336) in bfloat16, blocks of 64
-positions. Nothing is downloaded. The floor of a kernel is its bytes or floating-point operations over what this card
-was just seen to do: a copy of 1 GiB, and a square matrix product of 8192. Everything is timed inside a CUDA graph, the
-median of its replays, caches warm: cases smaller than the L2 cache may beat their floor.
-
-Peers, where they are installed: torch's scaled_dot_product_attention and FlexAttention (both on contiguous K and V,
-which they need not look up), FlashInfer (paged), and the definition in plain torch under torch.compile. `diff` is the
-largest difference between a peer's result and ours.
+positions. Nothing is downloaded or installed: it runs from a source checkout with torch, Triton and transformers. The
+floor of a kernel is its bytes or floating-point operations over what this card was just seen to do: a copy of 1 GiB,
+and a square matrix product of 8192. Everything is timed inside a CUDA graph, the median of its replays, caches warm:
+cases smaller than the L2 cache may beat their floor. For the peers see kernel_cases.py; `diff` is the largest
+difference between a peer's result and ours. A whole run writes benchmarks/results/kernels.md.
 
 This file has not been run on a GPU yet; what it runs is checked at tiny sizes in Triton's interpreter
 (tests/kernels/test_bench_kernels.py). Without a GPU it says "not run" and succeeds.
 """
 
 import argparse
-import importlib
+import datetime
 import importlib.util
 import json
+import platform
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_cases import Case, Run, Shapes, all_cases
 from torch import Tensor
-from torch.nn import functional as F
 
-Run = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """`scale` divides the numbers of tokens, sequences and blocks, for the test."""
-
-    device: str = "cuda"
-    dtype: torch.dtype = torch.bfloat16
-    heads: int = 32
-    kv_heads: int = 8
-    dim: int = 128
-    hidden: int = 4096
-    mlp: int = 14336
-    block_size: int = 64
-    scale: int = 1
-
-    def randn(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=self.dtype, device=self.device)
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    run: Run
-    num_bytes: float = 0  # read or written at least
-    num_flops: float = 0
-    peers: dict[str, Run] = field(default_factory=dict)
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "benchmarks" / "results" / "kernels.md"
+PACKAGES = ("torch", "triton", "transformers", "flashinfer-python")
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -65,208 +41,9 @@ class Machine:
     bytes_per_s: float
     flops_per_s: float
 
-
-@dataclass(frozen=True)
-class Cache:
-    """One layer's K and V of sequences of equal length, paged and contiguous."""
-
-    k: Tensor  # [num_blocks, block_size, kv_heads, dim]
-    v: Tensor
-    tables: Tensor  # [B, N] int32
-    lens: Tensor  # [B] int32
-    key: Tensor  # [B, kv_heads, C, dim]
-    value: Tensor
-
-
-def make_cache(s: Shapes, num_seqs: int, context_len: int) -> Cache:
-    per_seq = -(-context_len // s.block_size)
-    k, v = s.randn(2, num_seqs * per_seq, s.block_size, s.kv_heads, s.dim)
-    tables = torch.randperm(num_seqs * per_seq, device=s.device).view(num_seqs, per_seq)
-    lens = torch.full((num_seqs,), context_len, dtype=torch.int32, device=s.device)
-    key, value = (
-        cache[tables].view(num_seqs, -1, s.kv_heads, s.dim)[:, :context_len].transpose(1, 2).contiguous()
-        for cache in (k, v)
-    )
-    return Cache(k, v, tables.int(), lens, key, value)
-
-
-def decode_cases(s: Shapes) -> Iterator[Case]:
-    from baton_kernels.decode_attention import paged_decode_attention
-
-    for num_seqs, context_len in ((1, 4096), (32, 4096), (64, 4096), (256, 1024)):
-        num_seqs, context_len = max(num_seqs // s.scale, 1), max(context_len // s.scale, 1)
-        cache = make_cache(s, num_seqs, context_len)
-        query = s.randn(num_seqs, s.heads, s.dim)
-        args = query, cache.k, cache.v, cache.tables, cache.lens, s.dim**-0.5
-        splits = None if s.device == "cuda" else 2  # None: as the GPU's number of processors suggests
-        peers: dict[str, Run] = {"sdpa": partial(_sdpa, query[:, :, None], cache, causal=False)}
-        if s.device == "cuda":
-            peers |= {"flex": _flex(query[:, :, None], cache, causal=False)}
-            peers |= _flashinfer_decode(s, query, cache)
-        num_bytes = 2 * num_seqs * context_len * s.kv_heads * s.dim * s.dtype.itemsize
-        run = partial(paged_decode_attention, *args, num_splits=splits)
-        yield Case(f"decode {num_seqs} x {context_len}", run, num_bytes=num_bytes, peers=peers)
-
-
-def prefill_cases(s: Shapes) -> Iterator[Case]:
-    from baton_kernels.prefill_attention import paged_prefill_attention
-
-    for num_seqs, prefix, chunk in (
-        (1, 0, 4096),
-        (4, 0, 2048),
-        (1, 0, 16384),
-        (1, 8192, 2048),
-        (8, 4096, 256),
-    ):
-        prefix, chunk = prefix // s.scale, max(chunk // s.scale, 1)
-        cache = make_cache(s, num_seqs, prefix + chunk)
-        query = s.randn(num_seqs * chunk, s.heads, s.dim)
-        starts = torch.arange(num_seqs + 1, dtype=torch.int32, device=s.device) * chunk
-        args = query, cache.k, cache.v, cache.tables, starts, cache.lens, s.dim**-0.5
-        peers: dict[str, Run] = {}
-        if prefix == 0:
-            of_heads = query.view(num_seqs, chunk, s.heads, s.dim).transpose(1, 2)
-            peers["sdpa"] = partial(_sdpa, of_heads, cache, causal=True)
-            if s.device == "cuda":
-                peers["flex"] = _flex(of_heads, cache, causal=True)
-        if s.device == "cuda":
-            peers |= _flashinfer_prefill(s, query, starts, cache)
-        visible = num_seqs * chunk * (prefix + (chunk + 1) / 2)
-        run = partial(paged_prefill_attention, *args)
-        name = f"prefill {num_seqs} x ({prefix} + {chunk})"
-        yield Case(name, run, num_flops=4 * s.dim * s.heads * visible, peers=peers)
-
-
-def token_cases(s: Shapes) -> Iterator[Case]:
-    from baton_kernels import reference
-    from baton_kernels.cache_write import rope_write_kv
-    from baton_kernels.rms_norm import add_rms_norm
-    from baton_kernels.silu_mul import silu_mul
-
-    size = s.dtype.itemsize
-    for num_tokens in (64, 8192):
-        num_tokens = max(num_tokens // s.scale, 1)
-        cache = make_cache(s, 1, num_tokens)
-        query, key = s.randn(num_tokens, s.heads, s.dim), s.randn(num_tokens, s.kv_heads, s.dim)
-        cos = torch.rand(num_tokens, s.dim // 2, device=s.device)
-        slots = torch.randperm(num_tokens, device=s.device)
-        args = query, key, key, cache.k, cache.v, slots, cos, cos
-        yield Case(
-            f"rope-write {num_tokens}",
-            partial(rope_write_kv, *args),
-            num_bytes=2 * size * (query.numel() + 2 * key.numel()) + 8 * cos.numel(),
-            peers=_compiled(s, reference.rope_write_kv, *args),
-        )
-        x, weight = s.randn(num_tokens, s.hidden), s.randn(s.hidden)
-        yield Case(
-            f"add-rms-norm {num_tokens}",
-            partial(add_rms_norm, x, x.clone(), weight, 1e-5),
-            num_bytes=4 * size * x.numel(),
-            peers=_compiled(s, reference.add_rms_norm, x, x.clone(), weight, 1e-5),
-        )
-        x = s.randn(num_tokens, 2 * s.mlp)
-        yield Case(
-            f"silu-mul {num_tokens}",
-            partial(silu_mul, x),
-            num_bytes=1.5 * size * x.numel(),
-            peers={"definition": partial(reference.silu_mul, x)} | _compiled(s, reference.silu_mul, x),
-        )
-
-
-def block_cases(s: Shapes) -> Iterator[Case]:
-    from baton_kernels import reference
-    from baton_kernels.copy_blocks import copy_blocks
-    from baton_kernels.wire_blocks import pack_blocks, unpack_blocks
-
-    layer = 2 * s.block_size * s.kv_heads * s.dim * s.dtype.itemsize
-    num_layers, num_blocks = 32, max(512 // s.scale, 4)
-    pool = torch.randint(256, (num_blocks, num_layers * layer), dtype=torch.uint8, device=s.device)
-    ids = torch.randperm(num_blocks, device=s.device)
-    half = num_blocks // 2
-    src, dst = ids[:half].clone(), ids[half : 2 * half].clone()
-    copied = 2 * half * pool.shape[1]
-    yield Case(f"copy-blocks {half}", partial(copy_blocks, pool, src, dst), num_bytes=copied)
-    which = ids[: max(half // 4, 1)].clone()  # of a 4k prompt
-    tokens = torch.arange(len(which), device=s.device) * s.block_size
-    for layers in (1, num_layers):
-        planes = reference.Planes(0, 2 * layers, s.kv_heads, s.dim * s.dtype.itemsize)
-        args = pool, which, tokens, s.block_size, planes
-        wire, _ = pack_blocks(*args)
-        moved = 2 * wire.numel()
-        name = f"{len(which)} blocks, {layers} layers"
-        select: dict[str, Run] = {"index_select": partial(_gather, pool, which, wire.shape[1])}
-        yield Case(f"pack {name}", lambda args=args: pack_blocks(*args)[0], num_bytes=moved, peers=select)
-        yield Case(f"unpack {name}", partial(unpack_blocks, *args, wire), num_bytes=moved)
-
-
-def all_cases(s: Shapes) -> Iterator[Case]:
-    for family in (decode_cases, prefill_cases, token_cases, block_cases):
-        yield from family(s)
-
-
-def _gather(pool: Tensor, ids: Tensor, num_bytes: int) -> Tensor:
-    return pool[:, :num_bytes].index_select(0, ids)
-
-
-def _sdpa(query: Tensor, cache: Cache, *, causal: bool) -> Tensor:
-    """query [B, H, t, D] -> [B * t, H, D]."""
-    out = F.scaled_dot_product_attention(query, cache.key, cache.value, is_causal=causal, enable_gqa=True)
-    return out.transpose(1, 2).flatten(0, 1)
-
-
-def _flex(query: Tensor, cache: Cache, *, causal: bool) -> Run:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    length = cache.key.shape[2]
-    mask = None
-    if causal:
-        mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device="cuda")
-    attend = torch.compile(flex_attention)
-
-    def run() -> Tensor:
-        out: Tensor = attend(query, cache.key, cache.value, block_mask=mask, enable_gqa=True)
-        return out.transpose(1, 2).flatten(0, 1)
-
-    return run
-
-
-def _flashinfer_workspace() -> Tensor:
-    return torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
-
-
-def _pages(s: Shapes, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
-    """FlashInfer's table: row starts, block ids in a row, positions in the last block."""
-    num_seqs, per_seq = cache.tables.shape
-    starts = torch.arange(num_seqs + 1, dtype=torch.int32, device="cuda") * per_seq
-    return starts, cache.tables.flatten(), (cache.lens - 1) % s.block_size + 1
-
-
-def _flashinfer_decode(s: Shapes, query: Tensor, cache: Cache) -> dict[str, Run]:
-    if importlib.util.find_spec("flashinfer") is None:
-        return {}
-    flashinfer = importlib.import_module("flashinfer")
-
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        _flashinfer_workspace(), "NHD", use_tensor_cores=True
-    )
-    kind = {"q_data_type": s.dtype, "kv_data_type": s.dtype}
-    wrapper.plan(*_pages(s, cache), s.heads, s.kv_heads, s.dim, s.block_size, **kind)
-    return {"flashinfer": lambda: wrapper.run(query, (cache.k, cache.v))}
-
-
-def _flashinfer_prefill(s: Shapes, query: Tensor, starts: Tensor, cache: Cache) -> dict[str, Run]:
-    if importlib.util.find_spec("flashinfer") is None:
-        return {}
-    flashinfer = importlib.import_module("flashinfer")
-
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_flashinfer_workspace(), "NHD")
-    kind = {"causal": True, "q_data_type": s.dtype, "kv_data_type": s.dtype}
-    wrapper.plan(starts, *_pages(s, cache), s.heads, s.kv_heads, s.dim, s.block_size, **kind)
-    return {"flashinfer": lambda: wrapper.run(query, (cache.k, cache.v))}
-
-
-def _compiled(s: Shapes, function: Callable[..., Any], *args: Any) -> dict[str, Run]:
-    return {"torch.compile": partial(torch.compile(function), *args)} if s.device == "cuda" else {}
+    def __str__(self) -> str:
+        rates = f"{self.bytes_per_s / 1e12:.2f} TB/s, products {self.flops_per_s / 1e12:.0f} TFLOP/s"
+        return f"{self.name}: copies {rates}"
 
 
 def measure_machine() -> Machine:
@@ -280,65 +57,112 @@ def measure_machine() -> Machine:
     )
 
 
-def seconds(run: Run) -> float:
+def seconds(run: Run, *, captured: bool = False) -> float:
     import triton.testing
 
+    if captured:
+        return float(triton.testing.do_bench(run, rep=500, return_mode="median")) / 1e3
     return float(triton.testing.do_bench_cudagraph(run, rep=100, return_mode="median")) / 1e3
 
 
-def measure(case: Case, machine: Machine) -> dict[str, Any]:
+def measure(case: Case, machine: Machine) -> Row:
     """One row. A peer that fails says why, and does not end the run."""
-    taken = seconds(case.run)
+    taken = seconds(case.run, captured=case.captured)
     floor = max(case.num_bytes / machine.bytes_per_s, case.num_flops / machine.flops_per_s)
-    row: dict[str, Any] = {
+    row: Row = {
         "case": case.name,
         "us": taken * 1e6,
         "floor_us": floor * 1e6,
         "share": floor / taken,
+        "peers": {},
     }
     ours = case.run()
     for name, peer in case.peers.items():
         try:
             theirs = peer()
-            row[f"{name}_us"] = seconds(peer) * 1e6
+            found = {"us": seconds(peer, captured=case.captured) * 1e6}
         except Exception as error:
-            row[f"{name}_us"] = f"{type(error).__name__}: {error}"[:80]
+            row["peers"][name] = {"error": f"{type(error).__name__}: {error}"[:80]}
             continue
         if isinstance(theirs, Tensor) and isinstance(ours, Tensor) and theirs.shape == ours.shape:
-            row[f"{name}_diff"] = float((theirs.float() - ours.float()).abs().max())
+            found["diff"] = float((theirs.float() - ours.float()).abs().max())
+        row["peers"][name] = found
     return row
+
+
+def line(row: Row) -> str:
+    head = f"{row['case']:32} {row['us']:9.1f} us  floor {row['floor_us']:8.1f} us  {row['share']:6.1%}"
+    return "  ".join([head, *(f"{name} {_peer(found)}" for name, found in row["peers"].items())])
+
+
+def _peer(found: dict[str, Any]) -> str:
+    if "error" in found:
+        return str(found["error"]).replace("|", "/").replace("\n", " ")
+    diff = f", diff {found['diff']:.2g}" if "diff" in found else ""
+    return f"{found['us']:.1f} us{diff}"
+
+
+def page(rows: Sequence[Row], machine: Machine, today: datetime.date) -> str:
+    """The results as a page, with the conditions."""
+    table = [
+        "| case | us | floor us | share of the floor | peers |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['case']} | {row['us']:.1f} | {row['floor_us']:.1f} | {row['share']:.0%} | "
+            f"{'; '.join(f'{name} {_peer(found)}' for name, found in row['peers'].items())} |"
+            for row in rows
+        ),
+    ]
+    return "\n".join(
+        [
+            "# Kernels",
+            "",
+            "```",
+            "make bench-kernels",
+            "```",
+            "",
+            f"{machine}. {', '.join(_versions())}. {today}.",
+            "",
+            "Floor: bytes over the copy rate, or operations over the rate of products, whichever is longer. Timed in",
+            "CUDA graphs, median of replays, caches warm. `diff`: largest difference between a peer's result and ours.",
+            "",
+            *table,
+            "",
+        ]
+    )
+
+
+def _versions() -> list[str]:
+    found = [f"Python {platform.python_version()}"]
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="cases whose name contains this; no page is written")
     wanted = parser.parse_args().only
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         print("bench-kernels: not run (it needs an NVIDIA GPU and Triton)")
         print(json.dumps({"bench": "kernels", "run": False}))
         return
+    sys.path[:0] = [str(ROOT / "common"), str(ROOT / "kernels")]  # a checkout is enough
     machine = measure_machine()
-    rates = f"copies {machine.bytes_per_s / 1e12:.2f} TB/s, products {machine.flops_per_s / 1e12:.0f} TFLOP/s"
-    print(f"{machine.name}, torch {torch.__version__}, python {sys.version.split()[0]}: {rates}")
+    print(machine, *_versions(), sep="\n")
     rows = []
     for case in all_cases(Shapes()):
         if wanted in case.name:
             rows.append(measure(case, machine))
-            print(_line(rows[-1]), flush=True)
+            print(line(rows[-1]), flush=True)
+    if not wanted:
+        PAGE.write_text(page(rows, machine, datetime.date.today()))
     print(json.dumps({"bench": "kernels", "run": True, "machine": machine.__dict__, "rows": rows}))
-
-
-def _line(row: dict[str, Any]) -> str:
-    head = f"{row['case']:32} {row['us']:9.1f} us  floor {row['floor_us']:8.1f} us  {row['share']:6.1%}"
-    known = ("case", "us", "floor_us", "share")
-    others = (
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in row.items()
-        if name not in known
-    )
-    return "  ".join([head, *others])
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def graphed(
             return GraphedModel(
                 model,
                 layers,
-                _cuda_capture(),
+                cuda_capture(),
                 num_sms=planner.num_sms,
                 max_num_seqs=max_num_seqs,
                 max_num_blocks=-(-max_model_len // block_size),
@@ -125,7 +125,7 @@ def graphed(
         return model
 
 
-def _cuda_capture() -> Capture:
+def cuda_capture() -> Capture:
     pool = torch.cuda.graph_pool_handle()
 
     def capture(run: Run) -> Run:
