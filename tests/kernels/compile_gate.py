@@ -1,6 +1,6 @@
 """Compiles every kernel in every configuration for sm_90a, without a GPU, and says what came out.
 
-    python tests/kernels/compile_gate.py [--json]
+    make kernel-gate [ARGS="--write"]                   python tests/kernels/compile_gate.py [--json | --write]
 
 The launchers run on meta tensors with the launch replaced by a recording of its arguments, so what is compiled is
 what would be launched, with the specialisation (alignment, divisibility) that Triton would choose. ptxas and
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
@@ -40,6 +41,7 @@ from baton_kernels.wire_blocks import pack_blocks, unpack_blocks
 
 TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+PAGE = Path(__file__).parents[2] / "benchmarks" / "results" / "kernel_gate.md"
 NUM_BLOCKS = 4096
 INSTRUCTIONS = {name: rf"\b{name}\b" for name in ("HGMMA", "HMMA", "LDG", "LDGSTS", "STG", "LDL", "STL")}
 INSTRUCTIONS |= {f"{name}.128": rf"\b{name}\.(?:\w+\.)*128\b" for name in ("LDG", "LDGSTS", "STG")}
@@ -202,27 +204,23 @@ def describe(case: str, compiled: CompiledKernel, sass: str) -> Row:
 
 
 def build_all() -> list[Row]:
-    built = [
-        (case, build(launch))
-        for case, call in chain(attention_cases(), other_cases())
-        for launch in record_launches(call)
-    ]
-    cubins = {compiled.asm["cubin"] for _, compiled in built}
-    with ThreadPoolExecutor(2) as pool:
-        sass = dict(zip(cubins, pool.map(disassemble, cubins), strict=True))
-    return [describe(case, compiled, sass[compiled.asm["cubin"]]) for case, compiled in built]
+    """What is built is disassembled while the next is built; equal code once."""
+    built: list[tuple[str, CompiledKernel]] = []
+    sass: dict[bytes, Future[str]] = {}
+    with ThreadPoolExecutor(1) as pool:
+        for case, call in chain(attention_cases(), other_cases()):
+            for launch in record_launches(call):
+                compiled = build(launch)
+                built.append((case, compiled))
+                cubin = compiled.asm["cubin"]
+                if cubin not in sass:
+                    sass[cubin] = pool.submit(disassemble, cubin)
+    return [describe(case, compiled, sass[compiled.asm["cubin"]].result()) for case, compiled in built]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true")
-    rows = build_all()
-    if parser.parse_args().json:
-        json.dump([asdict(row) for row in rows], sys.stdout)
-        return
-    lines = [("case", "kernel", "warps", "stages", "registers", "spills", "shared KiB", "instructions")]
+def page(rows: list[Row]) -> str:
+    head = ("case", "kernel", "warps", "stages", "registers", "spilled bytes", "shared KiB", "instructions")
+    cells = [head, ("---",) * len(head)]
     for row in rows:
         counts = " ".join(f"{name}:{count}" for name, count in row.counts.items())
         numbers = (
@@ -232,8 +230,36 @@ def main() -> None:
             row.spill_bytes,
             f"{row.shared_bytes / 1024:.1f}",
         )
-        lines.append((row.case, row.kernel, *map(str, numbers), counts))
-    sys.stdout.writelines(" | ".join(line) + "\n" for line in lines)
+        cells.append((row.case, row.kernel, *map(str, numbers), counts))
+    lines = [
+        "# What the compiler makes of the kernels",
+        "",
+        "```",
+        'make kernel-gate ARGS="--write"',
+        "```",
+        "",
+        f"For sm_90a by Triton {triton.__version__} and ptxas {knobs.nvidia.ptxas.version}, without a GPU. A case is",
+        "`op-heads/KV heads-dims of K/V-positions per block-type-what else`. It may launch two kernels. Nothing here",
+        "is a speed: that takes a GPU (`make bench-kernels`).",
+        "",
+        *(f"| {' | '.join(line)} |" for line in cells),
+    ]
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="rows for a program")
+    parser.add_argument("--write", action="store_true", help=f"to {PAGE} instead of the screen")
+    args, rows = parser.parse_args(), build_all()
+    if args.json:
+        json.dump([asdict(row) for row in rows], sys.stdout)
+    elif args.write:
+        PAGE.write_text(page(rows))
+    else:
+        print(page(rows), end="")
 
 
 if __name__ == "__main__":
