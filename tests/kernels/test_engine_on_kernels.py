@@ -87,7 +87,7 @@ def answers(
     return [output.token_ids for output in outputs]
 
 
-def on_kernels(layers: Any, block_size: int, **_: Any) -> TritonPlanner:
+def on_kernels(layers: Any, block_size: int, *_: Any, **__: Any) -> TritonPlanner:
     assert all(map(kernels_cover, layers))
     return TritonPlanner(layers, block_size, num_sms=132)
 
