@@ -21,7 +21,7 @@ from baton.engine.batch import Batch, BatchRow
 from baton.engine.model_runner import TorchModelRunner, load_runner
 from baton.model.packed import MkldnnLinear
 from baton.request import BlockId, RequestId, SamplingParams
-from baton_kernels import naive, native
+from baton_kernels import native, planned
 from baton_kernels.native import Native, Steps
 from baton_kernels.pages import huge_empty
 
@@ -111,11 +111,11 @@ def bench_attention(ops: Native, clock: Callable[[], float]) -> None:
         lens = torch.full((num_seqs,), context, dtype=torch.int32)
         steps = Steps(tables.int(), starts, lens)
         if num_tokens == 1:
-            plan = naive.plan_decode(tables, lens.long(), context, 16, DTYPE)
-            plain = lambda: naive.paged_decode_attention(query, k_cache, v_cache, plan, 0.125)  # noqa: E731, B023
+            plan = planned.plan_decode(tables, lens.long(), context, 16, DTYPE)
+            plain = lambda: planned.paged_decode_attention(query, k_cache, v_cache, plan, 0.125)  # noqa: E731, B023
         else:
-            chunk = naive.plan_prefill(tables[0], context - num_tokens, num_tokens, 16)
-            plain = lambda: naive.paged_prefill_attention(query, k_cache, v_cache, chunk, 0.125)  # noqa: E731, B023
+            chunk = planned.plan_prefill(tables[0], context - num_tokens, num_tokens, 16)
+            plain = lambda: planned.paged_prefill_attention(query, k_cache, v_cache, chunk, 0.125)  # noqa: E731, B023
         ours = lambda: ops.paged_attention(query, k_cache, v_cache, steps, 0.125)  # noqa: E731, B023
         times = {"torch": fastest(plain, clock), "native": fastest(ours, clock)}
         row(f"{num_seqs} x {num_tokens} tokens of {context}", times)

@@ -124,7 +124,7 @@ def prefill_cases(s: Shapes) -> Iterator[Case]:
 
 
 def token_cases(s: Shapes) -> Iterator[Case]:
-    from baton_kernels import reference
+    from baton_kernels import naive
     from baton_kernels.cache_write import rope_write_kv
     from baton_kernels.rms_norm import add_rms_norm
     from baton_kernels.silu_mul import silu_mul
@@ -141,26 +141,26 @@ def token_cases(s: Shapes) -> Iterator[Case]:
             f"rope-write {num_tokens}",
             partial(rope_write_kv, *args),
             num_bytes=2 * size * (query.numel() + 2 * key.numel()) + 8 * cos.numel(),
-            peers=_compiled(s, reference.rope_write_kv, *args),
+            peers=_compiled(s, naive.rope_write_kv, *args),
         )
         x, weight = s.randn(num_tokens, s.hidden), s.randn(s.hidden)
         yield Case(
             f"add-rms-norm {num_tokens}",
             partial(add_rms_norm, x, x.clone(), weight, 1e-5),
             num_bytes=4 * size * x.numel(),
-            peers=_compiled(s, reference.add_rms_norm, x, x.clone(), weight, 1e-5),
+            peers=_compiled(s, naive.add_rms_norm, x, x.clone(), weight, 1e-5),
         )
         x = s.randn(num_tokens, 2 * s.mlp)
         yield Case(
             f"silu-mul {num_tokens}",
             partial(silu_mul, x),
             num_bytes=1.5 * size * x.numel(),
-            peers={"definition": partial(reference.silu_mul, x)} | _compiled(s, reference.silu_mul, x),
+            peers={"definition": partial(naive.silu_mul, x)} | _compiled(s, naive.silu_mul, x),
         )
 
 
 def block_cases(s: Shapes) -> Iterator[Case]:
-    from baton_kernels import reference
+    from baton_kernels import naive
     from baton_kernels.copy_blocks import copy_blocks
     from baton_kernels.wire_blocks import pack_blocks, unpack_blocks
 
@@ -175,7 +175,7 @@ def block_cases(s: Shapes) -> Iterator[Case]:
     which = ids[: max(half // 4, 1)].clone()  # of a 4k prompt
     tokens = torch.arange(len(which), device=s.device) * s.block_size
     for layers in (1, num_layers):
-        planes = reference.Planes(0, 2 * layers, s.kv_heads, s.dim * s.dtype.itemsize)
+        planes = naive.Planes(0, 2 * layers, s.kv_heads, s.dim * s.dtype.itemsize)
         args = pool, which, tokens, s.block_size, planes
         wire, _ = pack_blocks(*args)
         moved = 2 * wire.numel()
@@ -186,7 +186,7 @@ def block_cases(s: Shapes) -> Iterator[Case]:
 
 
 def sampler_cases(s: Shapes) -> Iterator[Case]:
-    from baton_kernels import reference
+    from baton_kernels import naive
     from baton_kernels.sample_tokens import sample_tokens
 
     for num_rows in (1, 32, 256):
@@ -209,7 +209,7 @@ def sampler_cases(s: Shapes) -> Iterator[Case]:
                 f"sample {num_rows}, {name}",
                 lambda args=args, logits=logits: sample_tokens(logits, *args)[0],
                 num_bytes=logits.numel() * logits.element_size(),
-                peers={"sort": lambda args=args, logits=logits: reference.sample_tokens(logits, *args)[0]},
+                peers={"sort": lambda args=args, logits=logits: naive.sample_tokens(logits, *args)[0]},
             )
 
 

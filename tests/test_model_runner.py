@@ -16,7 +16,7 @@ from baton.errors import InternalError
 from baton.kv.layout import KVLayout, LayerLayout
 from baton.kv.storage import KVStorage
 from baton.request import BlockId, RequestId, SamplingParams
-from baton_kernels import naive
+from baton_kernels import naive, planned
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -139,8 +139,8 @@ def test_attention_over_pages_equals_attention_in_a_row(
         assert torch.equal(naive.read_kv(v_cache, where), values[row])
 
     query = torch.randn(len(lengths), num_kv_heads * group, k_dim)
-    plan = naive.plan_decode(tables, torch.tensor(lengths), max(lengths), block_size, torch.float32)
-    decoded = naive.paged_decode_attention(query, k_cache, v_cache, plan, 0.3)
+    plan = planned.plan_decode(tables, torch.tensor(lengths), max(lengths), block_size, torch.float32)
+    decoded = planned.paged_decode_attention(query, k_cache, v_cache, plan, 0.3)
     for row in range(len(lengths)):
         expected = _attend(query[row], keys[row], values[row], 0.3)
         torch.testing.assert_close(decoded[row].double(), expected, rtol=1e-4, atol=1e-5)
@@ -148,8 +148,8 @@ def test_attention_over_pages_equals_attention_in_a_row(
     for row, length in enumerate(lengths):
         for start in {0, length // 2, length - 1}:
             query = torch.randn(length - start, num_kv_heads * group, k_dim)
-            chunk = naive.plan_prefill(tables[row], start, length - start, block_size)
-            out = naive.paged_prefill_attention(query, k_cache, v_cache, chunk, 0.3)
+            chunk = planned.plan_prefill(tables[row], start, length - start, block_size)
+            out = planned.paged_prefill_attention(query, k_cache, v_cache, chunk, 0.3)
             for i in range(length - start):
                 seen = start + i + 1
                 expected = _attend(query[i], keys[row][:seen], values[row][:seen], 0.3)

@@ -16,7 +16,7 @@ from baton.kv.storage import KVStorage
 from baton.model import loader
 from baton.model.attention import Relay, paged_attention
 from baton.model.layers import LayerSpec, kv_layout, layer_windows, learn_layers
-from baton_kernels import naive
+from baton_kernels import naive, planned
 
 BLOCK = 4
 WINDOWS = [None, naive.Window(1), naive.Window(5), naive.Window(64), naive.Window(6, chunked=True)]
@@ -68,8 +68,8 @@ def test_paged_attention_is_its_definition(
         naive.write_kv(keys[row], values[row], k_cache, v_cache, where)
 
     query = torch.randn(len(lengths), 6, 6)
-    plan = naive.plan_decode(tables, torch.tensor(lengths), 23, BLOCK, torch.float32, window)
-    out = naive.paged_decode_attention(query, k_cache, v_cache, plan, 0.4, softcap=softcap, sinks=sinks)
+    plan = planned.plan_decode(tables, torch.tensor(lengths), 23, BLOCK, torch.float32, window)
+    out = planned.paged_decode_attention(query, k_cache, v_cache, plan, 0.4, softcap=softcap, sinks=sinks)
     for row, length in enumerate(lengths):
         first = _first(window, length - 1)
         expected = _attend(query[row], keys[row], values[row], first, softcap, sinks)
@@ -77,8 +77,10 @@ def test_paged_attention_is_its_definition(
 
     for start in (0, 3, 12, 22):
         query = torch.randn(23 - start, 6, 6)
-        chunk = naive.plan_prefill(tables[3], start, 23 - start, BLOCK, window)
-        out = naive.paged_prefill_attention(query, k_cache, v_cache, chunk, 0.4, softcap=softcap, sinks=sinks)
+        chunk = planned.plan_prefill(tables[3], start, 23 - start, BLOCK, window)
+        out = planned.paged_prefill_attention(
+            query, k_cache, v_cache, chunk, 0.4, softcap=softcap, sinks=sinks
+        )
         for i in range(23 - start):
             seen, first = slice(start + i + 1), _first(window, start + i)
             expected = _attend(query[i], keys[3][seen], values[3][seen], first, softcap, sinks)

@@ -6,7 +6,7 @@
     slot = block * block_size + offset and a negative slot (padding) is not written; cos, sin [T, R/2] fp32
 
 The dimensions from R on are not turned. Without cos and sin (R = 0) it is the write alone, for models that turn query
-and key themselves. The definition is `reference.rope_write_kv`.
+and key themselves. The definition is `naive.rope_write_kv`.
 
 Grid: (T, ceil(H / HEADS) + ceil(Hkv / HEADS)); the first programs of a token turn query heads, the last ones take KV
 heads. Several heads make one program's tile, so that a thread moves 16 bytes at a time.

@@ -3,7 +3,7 @@
     pool[dst[i]] = pool[src[i]]        pool [num_blocks, block_bytes] uint8; src, dst [n] int64
 
 The destinations are all different and none of them is a source. A pair with a negative source (padding of a captured
-launch) is skipped. The definition is `reference.copy_blocks`.
+launch) is skipped. The definition is `naive.copy_blocks`.
 
 Grid: (ceil(words / BLOCK), n), a word being 4 bytes. Floor: 2 * n * block_bytes over memory bandwidth.
 """

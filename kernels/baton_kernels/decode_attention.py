@@ -3,7 +3,7 @@
     query [B, H, DK], k_cache [num_blocks, block_size, Hkv, DK], v_cache [..., DV]  -->  [B, H, DV]
     block_tables [B, N] int32, padded with anything; context_lens [B] int32, the token of this step included
 
-The definition is `reference.paged_attention` with one token per sequence. A sequence of length 0 (padding of a captured
+The definition is `naive.paged_attention` with one token per sequence. A sequence of length 0 (padding of a captured
 batch) gives zeros.
 
 Grid of `_split_kernel`: (Hkv, num_splits, B); each program attends for the H / Hkv query heads of one KV head to one

@@ -211,7 +211,7 @@ class Native:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """query [T, H, Dk] -> [T, H, Dv], see reference.paged_attention. The block size is a power of two."""
+        """query [T, H, Dk] -> [T, H, Dv], see naive.paged_attention. The block size is a power of two."""
         query, num_heads, v_dim = _dense(query), query.shape[1], v_cache.shape[3]
         out = torch.empty((query.shape[0], num_heads, v_dim), dtype=query.dtype)
         of_sinks = None if sinks is None else sinks.float().contiguous()

@@ -4,7 +4,7 @@
     query_starts [B + 1] int32: sequence b owns the tokens [query_starts[b], query_starts[b + 1])
     context_lens [B] int32: prefix and chunk together; block_tables [B, N] int32, padded with anything
 
-The definition is `reference.paged_attention`: a token sees all positions up to its own. The chunk's own K and V have
+The definition is `naive.paged_attention`: a token sees all positions up to its own. The chunk's own K and V have
 been written before.
 
 Grid: (Hkv, T // BLOCK_Q + B), a bound that needs no lengths on the host. A program takes BLOCK_Q tokens of one sequence

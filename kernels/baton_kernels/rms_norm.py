@@ -5,7 +5,7 @@
 
     x, residual, y [T, D]; weight [D]; offset is 1 for the models that store weight - 1 (Gemma), else 0
 
-Grid: (T,), one row for each program. The definition is `reference.add_rms_norm`.
+Grid: (T,), one row for each program. The definition is `naive.add_rms_norm`.
 
 Floor: x, residual, residual, y, each [T, D] once, over memory bandwidth; without a residual half of it.
 """

@@ -16,10 +16,10 @@ integers, exp(x - max x) in units of 2^-40, so that sums do not depend on their 
 whatever the grid, and the same set as sorting gives. The rounds run over the few logits beyond mean + SIGMAS standard
 deviations, which a pass before them has put together; where these are too few or too many, over all of them.
 
-The noise is a pure function of (seed, position, token id): see `reference.gumbel`, whose bits these are. Its
+The noise is a pure function of (seed, position, token id): see `naive.gumbel`, whose bits these are. Its
 logarithms are taken in double precision: a GPU's fast ones are inexact near 1, where the largest noise comes from.
 
-Grid: (R,). The definition is `reference.sample_tokens`. Floor: the logits once over memory bandwidth.
+Grid: (R,). The definition is `naive.sample_tokens`. Floor: the logits once over memory bandwidth.
 """
 
 import torch

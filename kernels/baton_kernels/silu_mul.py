@@ -2,7 +2,7 @@
 
     y[t, i] = silu(x[t, i]) * x[t, F + i],   silu(g) = g / (1 + exp(-g))        x [T, 2F], y [T, F]
 
-Grid: (T, ceil(F / BLOCK)). The definition is `reference.silu_mul`. Floor: x and y once over memory bandwidth.
+Grid: (T, ceil(F / BLOCK)). The definition is `naive.silu_mul`. Floor: x and y once over memory bandwidth.
 """
 
 import torch

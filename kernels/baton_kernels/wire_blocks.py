@@ -13,13 +13,13 @@ whole sequence and model, the digest of a token is a sum over its rows, everythi
 
     digest(t) = sum over p, h of mix(sum_j a_j * w_j  +  t * A + p * B + h * C)
 
-with the odd a_j of `reference.word_keys` and mix = splitmix64's finaliser. Sums do not depend on an order, so programs
+with the odd a_j of `naive.word_keys` and mix = splitmix64's finaliser. Sums do not depend on an order, so programs
 add theirs atomically, and a token's digest is the same for any block size and any grid, and the sum over parts of its
 layers and heads. Both steps inside a row are bijections of a single word: a change of one word is always seen. It finds
 corruption, truncation and mix-ups, not an adversary.
 
 Layers of several shapes take a call for each run of equal planes; their digests add up. The definitions are
-`reference.pack_blocks`, `unpack_blocks` and `token_digests`.
+`naive.pack_blocks`, `unpack_blocks` and `token_digests`.
 
 Grid: (ceil(rows / ROWS), n). Floor: 2 * n * (b - a) over memory bandwidth; the digest reads nothing again.
 """
@@ -31,8 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baton_kernels import reference
-from baton_kernels.reference import Planes
+from baton_kernels import naive
+from baton_kernels.naive import Planes
 
 WORDS = 4096  # of one program: 16 KiB
 
@@ -167,4 +167,4 @@ def _move(
 
 @lru_cache(maxsize=64)
 def _word_keys(num_words: int, device: torch.device) -> Tensor:
-    return reference.word_keys(num_words).to(device)
+    return naive.word_keys(num_words).to(device)

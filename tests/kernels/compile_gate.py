@@ -32,8 +32,8 @@ from triton.runtime.jit import JITFunction
 from baton_kernels.cache_write import rope_write_kv
 from baton_kernels.copy_blocks import copy_blocks
 from baton_kernels.decode_attention import paged_decode_attention
+from baton_kernels.naive import Planes
 from baton_kernels.prefill_attention import paged_prefill_attention
-from baton_kernels.reference import Planes
 from baton_kernels.rms_norm import add_rms_norm
 from baton_kernels.sample_tokens import sample_tokens
 from baton_kernels.silu_mul import silu_mul

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from baton_kernels import naive, reference
+from baton_kernels import naive, planned
 from baton_kernels.decode_attention import choose_num_splits, paged_decode_attention
 from baton_kernels.prefill_attention import paged_prefill_attention
 
@@ -86,7 +86,7 @@ def make(case: Case) -> Inputs:
 def expected(case: Case, x: Inputs) -> Tensor:
     query, k_cache, v_cache = x.query.double(), x.k_cache.double(), x.v_cache.double()
     sinks = None if x.sinks is None else x.sinks.double()
-    return reference.paged_attention(
+    return naive.paged_attention(
         query, k_cache, v_cache, x.tables, x.starts, x.lens, case.dk**-0.5, sinks=sinks, **case.options
     )
 
@@ -195,7 +195,7 @@ def test_the_definition_agrees_with_what_the_engine_runs_on_the_cpu() -> None:
     x = make(case)
     outs = []
     for row, (start, count) in enumerate(case.chunks):
-        plan = naive.plan_prefill(x.tables[row].long(), start, count, case.block_size)
+        plan = planned.plan_prefill(x.tables[row].long(), start, count, case.block_size)
         chunk = x.query[x.starts[row] : x.starts[row + 1]]
-        outs.append(naive.paged_prefill_attention(chunk, x.k_cache, x.v_cache, plan, case.dk**-0.5))
+        outs.append(planned.paged_prefill_attention(chunk, x.k_cache, x.v_cache, plan, case.dk**-0.5))
     assert_close(torch.cat(outs), expected(case, x))

@@ -9,9 +9,9 @@ from baton.kv.layout import KVLayout, LayerLayout
 from baton.request import RequestId
 from baton.transfer.digest import token_digests
 from baton.transfer.wire import PieceHeader
-from baton_kernels import reference
+from baton_kernels import naive
 from baton_kernels.copy_blocks import copy_blocks
-from baton_kernels.reference import Planes
+from baton_kernels.naive import Planes
 from baton_kernels.wire_blocks import pack_blocks, unpack_blocks
 
 pytestmark = [
@@ -32,7 +32,7 @@ def test_copy_blocks(block_bytes: int) -> None:
     pool = random_pool(7, block_bytes)
     src, dst = torch.tensor([5, 0, -1, 5]), torch.tensor([1, 6, 2, 3])
     wanted = pool.clone()
-    reference.copy_blocks(wanted, src, dst)
+    naive.copy_blocks(wanted, src, dst)
     copy_blocks(pool, src, dst)
     assert torch.equal(pool, wanted)
     assert torch.equal(pool[3], pool[5]) and torch.equal(pool[6], pool[0])
@@ -54,7 +54,7 @@ def test_pack_then_unpack_is_the_identity(shape: tuple[int, ...]) -> None:
     tokens = torch.tensor([0, block_size, 2**33])
     wire, digests = pack_blocks(pool, ids, tokens, block_size, planes)
     assert torch.equal(wire, pool[ids, start:end])
-    assert torch.equal(digests, reference.token_digests(wire, tokens, block_size, planes))
+    assert torch.equal(digests, naive.token_digests(wire, tokens, block_size, planes))
 
     other = random_pool(6, end + 12)
     wanted = other.clone()
@@ -98,14 +98,14 @@ def test_the_digest_sees_flips_swaps_and_shifts() -> None:
     wire[6, -4:] = 0
     tokens = torch.zeros(8, dtype=torch.int64)
     tokens[7] = 16
-    digests = reference.token_digests(wire, tokens, block_size, planes).sum(1)
+    digests = naive.token_digests(wire, tokens, block_size, planes).sum(1)
     assert len(set(digests.tolist())) == len(wire)
 
 
 def test_a_change_of_one_word_is_always_seen() -> None:
     wire = torch.zeros(2048, 64, dtype=torch.uint8)
     wire.view(torch.int32)[:, 2] = torch.randperm(2**20)[:2048].int()
-    digests = reference.token_digests(wire, torch.zeros(2048, dtype=torch.int64), 1, Planes(0, 1, 1, 64))
+    digests = naive.token_digests(wire, torch.zeros(2048, dtype=torch.int64), 1, Planes(0, 1, 1, 64))
     assert len(set(digests.flatten().tolist())) == 2048
 
 

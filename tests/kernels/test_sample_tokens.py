@@ -11,9 +11,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from baton.engine import sampler
+from baton.engine import sampler, triton_sampler
 from baton.request import SamplingParams
-from baton_kernels import reference
+from baton_kernels import naive
 from baton_kernels import sample_tokens as module
 from baton_kernels.sample_tokens import sample_tokens
 
@@ -120,7 +120,7 @@ def test_keeps_and_draws_what_sorting_does(
     temperature = torch.where(args[0] == 0, 1, args[0])[:, None]
     scaled = logits.float() / temperature
     ones = torch.where(args[0] == 0, 0.0, 1.0).double()
-    wanted, wanted_thresholds = reference.sample_tokens(scaled.double(), ones, *args[1:])
+    wanted, wanted_thresholds = naive.sample_tokens(scaled.double(), ones, *args[1:])
     assert torch.equal(scaled >= thresholds[:, None], scaled >= wanted_thresholds[:, None])
     assert tokens.tolist() == wanted.tolist()
 
@@ -129,9 +129,11 @@ def test_draws_what_the_engine_draws() -> None:
     num_tokens = 1100  # the engine takes its short cut from 1025 on
     rows = [Row(row.temperature, row.top_k, row.top_p, row.min_p, i, 3 * i) for i, row in enumerate(ROWS)]
     logits = 2.5 * torch.randn(len(rows), num_tokens)
-    tokens, _ = sample_tokens(logits, *arguments(rows, num_tokens))
-    theirs = sampler.sample(logits.clone(), [row.params for row in rows], [row.position for row in rows])
-    assert tokens.tolist() == theirs
+    logits[3, 5] = torch.nan
+    params, positions = [row.params for row in rows], [row.position for row in rows]
+    theirs = sampler.sample(logits.clone(), params, positions)
+    assert triton_sampler.draw(logits, params, positions).tolist() == theirs
+    assert theirs[3] == sampler.NO_NUMBER
     assert len(set(theirs)) > len(rows) / 2  # and not always the likeliest
 
 
@@ -142,7 +144,7 @@ def test_more_candidates_than_fit_and_too_few(monkeypatch: pytest.MonkeyPatch) -
     logits = torch.randn(len(rows), 1000)
     args = arguments(rows, 1000)
     tokens, thresholds = sample_tokens(logits, *args)
-    wanted, wanted_thresholds = reference.sample_tokens(logits.double(), *args)
+    wanted, wanted_thresholds = naive.sample_tokens(logits.double(), *args)
     assert torch.equal(thresholds.double(), wanted_thresholds)
     assert torch.equal(tokens, wanted)
 
@@ -155,7 +157,7 @@ def test_rows_that_are_no_numbers_get_no_token() -> None:
     logits[2, 0] = torch.inf
     logits[3] = -torch.inf
     tokens, _ = sample_tokens(logits, *arguments(rows, 300))
-    wanted, _ = reference.sample_tokens(logits.double(), *arguments(rows, 300))
+    wanted, _ = naive.sample_tokens(logits.double(), *arguments(rows, 300))
     assert tokens[:4].tolist() == [-1] * 4 == wanted[:4].tolist()
     assert tokens[4] == wanted[4] >= 0
 
@@ -165,4 +167,4 @@ def test_the_noise_is_the_engine_s() -> None:
     ids = torch.arange(2**16)
     pairs = zip(seeds.tolist(), positions.tolist(), strict=True)
     theirs = sampler.gumbel(sampler._keys(list(pairs)), ids)
-    torch.testing.assert_close(reference.gumbel(seeds, positions, ids), theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(naive.gumbel(seeds, positions, ids), theirs, rtol=1e-6, atol=1e-6)

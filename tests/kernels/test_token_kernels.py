@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from baton_kernels import reference
+from baton_kernels import naive
 from baton_kernels.cache_write import rope_write_kv
 from baton_kernels.rms_norm import add_rms_norm
 from baton_kernels.silu_mul import silu_mul
@@ -44,7 +44,7 @@ def test_rope_write(
     k_cache = pool[:, : block_size * kv_heads * dk].view(num_blocks, block_size, kv_heads, dk)
     v_cache = pool[:, -block_size * kv_heads * dv :].view(num_blocks, block_size, kv_heads, dv)
     wanted = [x.double() for x in (query, key, value, k_cache, v_cache)]
-    reference.rope_write_kv(*wanted, slots, *(x if x is None else x.double() for x in turn))
+    naive.rope_write_kv(*wanted, slots, *(x if x is None else x.double() for x in turn))
 
     rope_write_kv(query, key, value, k_cache, v_cache, slots, *turn)
 
@@ -64,7 +64,7 @@ def test_add_rms_norm(dim: int, with_residual: bool, offset: float, dtype: torch
     residual = torch.randn(3, dim).to(dtype) if with_residual else None
     weight = torch.rand(dim).to(dtype)
     total = x if residual is None else x + residual
-    wanted = reference.add_rms_norm(total.double(), None, weight.double(), 1e-5, offset=offset)
+    wanted = naive.add_rms_norm(total.double(), None, weight.double(), 1e-5, offset=offset)
 
     actual = add_rms_norm(x, residual, weight, 1e-5, offset=offset)
 
@@ -77,7 +77,7 @@ def test_add_rms_norm(dim: int, with_residual: bool, offset: float, dtype: torch
 def test_silu_mul(width: int, dtype: torch.dtype) -> None:
     x = (3 * torch.randn(3, 2 * width + 8)).to(dtype)[:, : 2 * width]
     x[0, 0] = -100.0  # exp of the other sign overflows
-    wanted = reference.silu_mul(x.double())
+    wanted = naive.silu_mul(x.double())
     actual = silu_mul(x)
     assert not actual.isnan().any()
     torch.testing.assert_close(

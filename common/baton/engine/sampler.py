@@ -62,6 +62,10 @@ def sample(
 
 
 def _sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
+    if logits.device.type == "cuda":
+        from baton.engine.triton_sampler import draw  # Triton is there with CUDA builds of torch only
+
+        return draw(logits, params, positions)
     best = logits.max(dim=-1)  # NaN if any is
     tokens = best.indices.masked_fill(~best.values.isfinite(), NO_NUMBER)
     drawn = [row for row, param in enumerate(params) if param.temperature > 0]

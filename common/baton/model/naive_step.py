@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from baton.model.attention import Chunk, Options, PagedLayer
-from baton_kernels import naive
+from baton_kernels import naive, planned
 
 
 @dataclass(slots=True)
@@ -20,8 +20,12 @@ class NaiveStep:
     writes: naive.Positions  # [T], where the KV of this step's tokens goes
     num_decodes: int
     # Plans for each window that a layer has:
-    decode: dict[naive.Window | None, naive.DecodePlan]  # of the first num_decodes tokens; empty without any
-    prefills: tuple[tuple[int, int, dict[naive.Window | None, naive.PrefillPlan]], ...]  # tokens [start, end)
+    decode: dict[
+        naive.Window | None, planned.DecodePlan
+    ]  # of the first num_decodes tokens; empty without any
+    prefills: tuple[
+        tuple[int, int, dict[naive.Window | None, planned.PrefillPlan]], ...
+    ]  # tokens [start, end)
     on_written: Callable[[int], None] | None = None
     num_layers_seen: int = 0
 
@@ -42,10 +46,10 @@ class NaiveStep:
         outs = []
         if self.decode:
             decoding, decode = query[: self.num_decodes], self.decode[window]
-            outs.append(naive.paged_decode_attention(decoding, k_cache, v_cache, decode, scale, **extra))
+            outs.append(planned.paged_decode_attention(decoding, k_cache, v_cache, decode, scale, **extra))
         for start, end, plans in self.prefills:
             chunk, plan = query[start:end], plans[window]
-            outs.append(naive.paged_prefill_attention(chunk, k_cache, v_cache, plan, scale, **extra))
+            outs.append(planned.paged_prefill_attention(chunk, k_cache, v_cache, plan, scale, **extra))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
@@ -74,22 +78,22 @@ class NaivePlanner:
 
     def _plan_decode(
         self, chunks: Sequence[Chunk], positions: Tensor
-    ) -> dict[naive.Window | None, naive.DecodePlan]:
+    ) -> dict[naive.Window | None, planned.DecodePlan]:
         if not chunks:
             return {}
         tables = torch.from_numpy(padded_tables(chunks, np.int64)).to(positions.device)
         longest, lens = max(chunk.start for chunk in chunks) + 1, positions + 1
         return {
-            window: naive.plan_decode(tables, lens, longest, self._block_size, self._dtype, window)
+            window: planned.plan_decode(tables, lens, longest, self._block_size, self._dtype, window)
             for window in self._windows
         }
 
     def _plan_prefill(
         self, chunk: Chunk, device: torch.device
-    ) -> dict[naive.Window | None, naive.PrefillPlan]:
+    ) -> dict[naive.Window | None, planned.PrefillPlan]:
         table = torch.tensor(chunk.block_table, device=device)
         return {
-            window: naive.plan_prefill(table, chunk.start, chunk.num_tokens, self._block_size, window)
+            window: planned.plan_prefill(table, chunk.start, chunk.num_tokens, self._block_size, window)
             for window in self._windows
         }
 
