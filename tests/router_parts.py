@@ -18,6 +18,7 @@ from baton.errors import BatonError, Cancelled, Unavailable
 from baton.messages import BlockLedger, Holder, Load, Purpose, Role, WorkerRecord
 from baton.request import BlockId, FinishReason, PromptLogprobs, Request, RequestId, TokenLogprobs, WorkerId
 from baton.tokenizer import Tokenizer
+from baton_router.canary import PairCounts
 from baton_router.fleet_view import IndexHealth
 from baton_router.front_door import FrontDoor
 from baton_router.generation import Record, Tokens
@@ -216,6 +217,9 @@ class ScriptedFleet:
 
     def refused_pairs(self) -> dict[tuple[WorkerId, WorkerId], str]:
         return self.refused
+
+    def pair_counts(self) -> dict[tuple[WorkerId, WorkerId], PairCounts]:
+        return {}
 
     def index_health(self) -> IndexHealth:
         return self.index

@@ -17,7 +17,7 @@ from baton.config import EngineConfig, ModelConfig, TransferConfig
 from baton.engine.batch import Batch, BatchRow, LayerListener, LayerProgress
 from baton.engine.engine import Engine
 from baton.engine.model_runner import load_runner
-from baton.errors import BatonError, TransferError
+from baton.errors import BatonError
 from baton.messages import Role
 from baton.request import BlockId, Request, RequestId, SamplingParams
 from baton.transfer.inproc import Faults
@@ -31,6 +31,7 @@ from baton_loadtest.simulate import (
     expected_tokens,
     running_fleet,
 )
+from baton_router.canary import QUARANTINE_S, RETRY_S
 
 NUM_LAYERS = 6
 
@@ -273,12 +274,8 @@ def test_flipped_bits_are_repaired_counted_on_both_ends_and_never_become_a_token
     outcomes: list[str] = []
 
     async def client(fleet: SimulatedFleet, request: Request) -> None:
-        try:
-            tokens = await fleet.ask(request)
-        except TransferError:
-            outcomes.append("failed")
-        else:
-            outcomes.append("right" if tokens == right_answer(config, request) else "wrong")
+        tokens = await fleet.ask(request)
+        outcomes.append("right" if tokens == right_answer(config, request) else "wrong")
 
     async def main() -> None:
         rng = random.Random(seed)
@@ -293,19 +290,18 @@ def test_flipped_bits_are_repaired_counted_on_both_ends_and_never_become_a_token
                 direction: sum(r.num_mismatches for r in fleet.transfers if r.direction == direction)
                 for direction in ("sent", "received")
             }
-            assert sums["sent"] == sums["received"] > 20
+            assert sums["sent"] == sums["received"] > 5  # a pair with three of them is not used for a while
             assert sums["sent"] == sum(w.receiver.num_digest_mismatches for w in fleet.workers.values())
             lines = [line for line in fleet.events.lines if " piece.mismatch " in line]
             assert len(lines) == sums["sent"]
             assert all('"transport": "inproc"' in line and '"to": "decode-' in line for line in lines)
+            assert any(" pair.quarantined " in line for line in fleet.events.lines)
 
     clock.run(main())
-    assert "wrong" not in outcomes
-    assert outcomes.count("failed") <= 5
-    assert len(outcomes) == 100
+    assert outcomes == ["right"] * 100
 
 
-def test_a_path_that_never_carries_a_piece_intact_fails_soon_and_frees_both_ends() -> None:
+def test_a_path_that_never_carries_a_piece_intact_is_quarantined_and_the_decode_worker_computes() -> None:
     clock = VirtualClock()
     config = config_of(3, **PAIR)
 
@@ -313,37 +309,50 @@ def test_a_path_that_never_carries_a_piece_intact_fails_soon_and_frees_both_ends
         async with running_fleet(config, clock) as fleet:
             fleet.kv_network.faults = Faults(flip=1.0)
             asked_s = clock.now()
-            with pytest.raises(TransferError, match="digest"):
-                await fleet.ask(make_request("r", 100, 5))
+            request = make_request("r", 100, 5)
+            assert await fleet.ask(request) == right_answer(config, request)
             assert clock.now() - asked_s < 1.0  # not by the end of a lease
             await assert_all_given_back(fleet)
+            [why] = fleet.fleet.unproven_pairs().values()
+            assert "quarantined" in why and "did not match" in why
             assert {(r.direction, r.outcome) for r in fleet.transfers} == {
                 ("sent", "failed"),
                 ("received", "failed"),
             }
+            [counts] = fleet.fleet.pair_counts().values()
+            assert (counts.num_mismatches, counts.num_repairs, counts.num_quarantines) == (3, 1, 1)
+            fleet.transfers.clear()
+            await clock.sleep(QUARANTINE_S)  # the canary tries, and finds it as bad as before
+            [why] = fleet.fleet.unproven_pairs().values()
+            assert "did not match" in why
             fleet.kv_network.faults = Faults()
+            await clock.sleep(2 * RETRY_S)
+            assert fleet.fleet.unproven_pairs() == {}
             request = make_request("after", 100, 5)
             assert await fleet.ask(request) == right_answer(config, request)
+            assert fleet.transfers[-1].outcome == "ok"
 
     clock.run(main())
 
 
-def test_a_link_that_falls_silent_after_the_first_token_ends_on_both_sides() -> None:
+def test_a_link_that_falls_silent_after_the_first_token_is_repaired_before_the_lease_ends() -> None:
     clock = VirtualClock()
     config = config_of(3, bytes_per_s=1e5, **PAIR)
 
     async def main() -> None:
         async with running_fleet(config, clock) as fleet:
+            asked_s = clock.now()
             asking = asyncio.create_task(fleet.ask(make_request("r", 400, 5)))
             await clock.sleep(0.1)
             fleet.kv_network.faults = Faults(drop=1.0)
-            with pytest.raises(BatonError):
-                await asking
+            assert await asking == right_answer(config, make_request("r", 400, 5))
+            # The prefill worker's time for a piece ended, and it told the router: nobody waited for the lease.
+            assert clock.now() - asked_s < config.transfer.push_timeout_s + 0.6
             await assert_all_given_back(fleet)
             ended = {r.direction: r for r in fleet.transfers}
             assert len(fleet.transfers) == 2
             assert ended["sent"].outcome == "failed"
-            assert ended["received"].outcome == "expired"  # the prompt was done: only the lease tells
+            assert ended["received"].outcome == "failed"
             assert 0 < ended["received"].num_bytes < 400 * NUM_LAYERS * KV_BYTES_PER_TOKEN
 
     clock.run(main())

@@ -383,13 +383,16 @@ PROTOS: Mapping[type, type[Message]] = {
     m.Ticket: ticket_pb2.Ticket,
     m.Submit: decode_pb2.Submit,
     m.Cancel: decode_pb2.Cancel,
+    m.Recompute: decode_pb2.Recompute,
     m.Failure: decode_pb2.Failure,
     m.Step: decode_pb2.Step,
     m.Received: decode_pb2.Received,
     m.Heartbeat: decode_pb2.Heartbeat,
+    m.Missed: decode_pb2.Missed,
     m.GenerateCall: decode_pb2.DecodeGenerateRequest,
     m.PrefillCall: prefill_pb2.PrefillRequest,
-    m.PrefillResult: prefill_pb2.PrefillResponse,
+    m.PrefillResult: prefill_pb2.PrefillResult,
+    m.Pushed: prefill_pb2.Pushed,
     m.WorkerStatus: status_pb2.WorkerStatus,
     m.StatusCall: status_pb2.StatusGetRequest,  # and StatusWatchRequest, which reads the same
     m.Holder: status_pb2.Holder,
@@ -434,8 +437,10 @@ def _make_routes() -> dict[Any, _Route]:
     for union, pb_class in (
         (m.SessionUp, decode_pb2.SessionRequest),
         (m.SessionDown, decode_pb2.SessionResponse),
+        (m.PrefillAnswer, prefill_pb2.PrefillResponse),
     ):
-        choices = tuple((cls.__name__.lower(), cls) for cls in typing.get_args(union))
+        names = (cls.__name__.removeprefix("Prefill").lower() for cls in typing.get_args(union))
+        choices = tuple(zip(names, typing.get_args(union), strict=True))
         routes[union] = _Route(pb_class, choices, "message")
         routes.update((cls, _Route(pb_class, ((name, cls),), "message")) for name, cls in choices)
     return routes

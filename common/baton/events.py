@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from baton.clock import Clock
 
 # What an operator must see without asking for it: bytes that changed on the way between two workers.
-WARNINGS = frozenset({"piece.mismatch", "piece.corrupt"})
+WARNINGS = frozenset({"piece.mismatch", "piece.corrupt", "handover.repaired", "pair.quarantined"})
 
 
 class Emit(Protocol):

@@ -100,7 +100,17 @@ class Cancel:
     handle: int
 
 
-SessionUp = Submit | Cancel
+@dataclass(frozen=True, slots=True)
+class Recompute:
+    """The KV of the request behind `handle` will not come: compute its prompt in the blocks that are reserved for it.
+    Ignored once the KV is there."""
+
+    handle: int
+    reason: str
+    first_token: int | None = None  # where the prefill worker has drawn it: the client may have it already
+
+
+SessionUp = Submit | Cancel | Recompute
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +172,19 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True)
+class Missed:
+    """The hand-over behind `handle` failed here. Its blocks stay reserved for a Recompute, or a Cancel."""
+
+    handle: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     load: Load
 
 
-SessionDown = Ticket | Failure | Step | Received | Heartbeat
+SessionDown = Ticket | Failure | Step | Received | Missed | Heartbeat
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +207,18 @@ class PrefillResult:
     logprobs: TokenLogprobs | None = None  # where the request asked for them
     prompt_logprobs: PromptLogprobs | None = None  # likewise
     transport: str = ""  # over which the KV goes; empty when none is sent
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """Nothing more of the KV leaves the prefill worker: the decode worker has it all, or, with a `reason`, never
+    will. The last answer to a PrefillCall; the first one, too, when the push failed before the first token."""
+
+    reason: str = ""
+    num_mismatches: int = 0  # times that a piece did not match its digest where it arrived
+
+
+PrefillAnswer = PrefillResult | Pushed
 
 
 @dataclass(frozen=True, slots=True)

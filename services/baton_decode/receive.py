@@ -99,6 +99,13 @@ class Receiver:
         hand_over.go_live()
         self._report(hand_over, "ok")
 
+    def fail(self, request_id: RequestId, reason: str) -> None:
+        """Somebody else knows that the rest will not come: `wait_verified` raises. Does nothing when all is there."""
+        expected = self._expected.get(request_id)
+        if expected is not None and expected.hand_over.state in (State.RESERVED, State.RECEIVING):
+            expected.hand_over.end(State.FAILED, reason)
+            expected.changed.set()
+
     async def end(self, request_id: RequestId, reason: str) -> None:
         """Cancel what is under way and wait until no byte can be written any more. Idempotent."""
         expected = self._expected.get(request_id)

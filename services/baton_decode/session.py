@@ -22,10 +22,22 @@ from baton.config import TransferConfig
 from baton.engine.batch import SequenceOutput, StepOutput
 from baton.engine.samples import begin_samples
 from baton.engine.worker import Worker
-from baton.errors import BatonError, DeadlineExceeded, InternalError
+from baton.errors import BatonError, DeadlineExceeded, InternalError, TransferError
 from baton.events import Emit
 from baton.kv.block import num_blocks_for
-from baton.messages import Cancel, Failure, Heartbeat, Received, SessionDown, SessionUp, Step, Submit, Ticket
+from baton.messages import (
+    Cancel,
+    Failure,
+    Heartbeat,
+    Missed,
+    Received,
+    Recompute,
+    SessionDown,
+    SessionUp,
+    Step,
+    Submit,
+    Ticket,
+)
 from baton.request import FinishReason, RequestId
 from baton_decode.receive import Receiver
 
@@ -53,6 +65,9 @@ class _Job:
     num_running: int  # samples that have not ended
     admitted: asyncio.Event = field(default_factory=asyncio.Event)
     starting: asyncio.Task[None] | None = None  # until it runs by itself in the engine
+    recompute: asyncio.Future[Recompute] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
     @property
     def request_id(self) -> RequestId:
@@ -87,8 +102,10 @@ class Session:
             async for message in messages:
                 if isinstance(message, Submit):
                     self._submit(message)
-                else:
+                elif isinstance(message, Cancel):
                     self._cancel(message)
+                else:
+                    self._recompute(message)
         finally:
             self._wake.set()
 
@@ -179,13 +196,34 @@ class Session:
         )
         self._say(self._ticket(job, submit, sequence.num_cached_tokens))
         num_blocks = num_blocks_for(submit.request.num_prompt_tokens - sequence.num_cached_tokens, block_size)
-        hand_over = await context.receiver.wait_verified(job.request_id)
+        try:
+            hand_over = await context.receiver.wait_verified(job.request_id)
+        except TransferError as error:
+            await self._compute_here(job, error.message)
+            return
         context.receiver.go_live(job.request_id)
         started_s, ended_s = hand_over.opened_s or 0.0, hand_over.closed_s or 0.0
         self._say(Received(job.handle, num_blocks, hand_over.num_bytes, ended_s - started_s))
         context.emit("kv.received", request=job.request_id, blocks=num_blocks)
         job.starting = None
         self._run(job, engine.activate(job.request_id, hand_over.first_token))
+
+    async def _compute_here(self, job: _Job, reason: str) -> None:
+        """Only the router knows whether the client has the first token already: ask it, and wait until no write can
+        land in the blocks any more."""
+        self._say(Missed(job.handle, reason))
+        await self._context.receiver.end(job.request_id, reason)
+        recompute = await job.recompute
+        self._context.emit("kv.recomputed", request=job.request_id, why=recompute.reason)
+        job.starting = None
+        self._run(job, self._worker.engine.recompute(job.request_id, recompute.first_token))
+
+    def _recompute(self, recompute: Recompute) -> None:
+        """The router may know before this side does that the KV will not come."""
+        job = next((job for job in self._jobs.values() if job.handle == recompute.handle), None)
+        if job is not None and not job.recompute.done():
+            job.recompute.set_result(recompute)
+            self._context.receiver.fail(job.request_id, recompute.reason)
 
     def _run(self, job: _Job, finish_reason: FinishReason | None) -> None:
         """The first sample has its first token, which may be its last one, or nobody may want more of it."""

@@ -60,6 +60,7 @@ class Push:
     ) -> None:
         """`identity` names the model in digests, on both sides the same."""
         self.num_bytes = 0  # that were acknowledged
+        self.transport = ""  # known once there is a connection
         self.sending = Sending()
         self.ticket = ticket
         self._num_tokens = request.num_prompt_tokens
@@ -97,6 +98,7 @@ class Push:
         returned or raised, no transport reads the source blocks any more."""
         try:
             connection = await connections.get(self.ticket.address)
+            self.transport = connection.transport
             in_flight = asyncio.Semaphore(MAX_IN_FLIGHT)
             async with asyncio.TaskGroup() as tasks:
                 is_last = False
@@ -107,6 +109,9 @@ class Push:
                     tasks.create_task(self._send(connection, header, in_flight))
         except BaseExceptionGroup as group:
             raise _first_cause(group) from None
+        except TransferError as error:
+            self.sending.end(error.message)
+            raise
         finally:
             self._ended_s = self._clock.now()
             self.sending.end("the push was cancelled")

@@ -4,13 +4,14 @@
                                                 --> first token: Push.finish
                                                                                       |
           answer to the router <------------------------------------------------------+
-          the push goes on in the background; when it ended, however it ended, engine.abort
+          the push goes on; when it ended, however it ended: engine.abort, and the router hears of it
 
 Source blocks are kept until the receiver acknowledged them or the push failed: engine.abort (which
 keeps what is computed as cached prefix) is called for a request only after its push ended.
 """
 
 import asyncio
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 
 from baton.clock import Clock
@@ -20,7 +21,7 @@ from baton.engine.worker import Worker
 from baton.errors import BatonError, InternalError, TransferError
 from baton.events import Emit
 from baton.kv.layout import BlockStorage
-from baton.messages import Holder, PrefillCall, PrefillResult, Ticket
+from baton.messages import Holder, PrefillAnswer, PrefillCall, PrefillResult, Pushed, Ticket
 from baton.request import FinishReason, Request, RequestId
 from baton.rpc import PREFILL, Handlers
 from baton.transfer.base import Transport
@@ -35,7 +36,6 @@ class _Job:
     push: Push
     started_s: float
     first_step_s: float | None = None
-    transport: str = ""  # known once there is a connection
     done: asyncio.Future[SequenceOutput] = field(  # with the first token
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -79,7 +79,7 @@ class PrefillService:
         return replace(
             holder,
             epoch=ticket.epoch,
-            note=f"sending to {ticket.worker_id} over {job.transport or ticket.transport}",
+            note=f"sending to {ticket.worker_id} over {job.push.transport or ticket.transport}",
         )
 
     def handlers(self) -> Handlers:
@@ -92,13 +92,29 @@ class PrefillService:
             task.cancel()
         await asyncio.gather(*self._pushes, return_exceptions=True)
 
-    async def prefill(self, call: PrefillCall) -> PrefillResult:
-        request, ticket = call.request, call.ticket
-        self._check(ticket)
+    async def prefill(self, call: PrefillCall) -> AsyncGenerator[PrefillAnswer, None]:
+        """The first token, then how the push ended. Left early, it stops both."""
+        request = call.request
+        self._check(call.ticket)
         await self._worker.engine.prepare(request)
+        job, pushing = self._start(call)
+        try:
+            await asyncio.wait((job.done, pushing), return_when=asyncio.FIRST_COMPLETED)
+            if job.done.done():
+                result = await self._first_token(job, request)
+                yield result
+                if result.finish_reason is not None and request.sampling.n == 1:
+                    return  # one token was all: nobody needs the KV elsewhere
+            await asyncio.wait((pushing,))
+            yield Pushed(job.push.sending.reason, job.push.sending.num_mismatches)
+        finally:
+            pushing.cancel()
+
+    def _start(self, call: PrefillCall) -> tuple[_Job, "asyncio.Task[Outcome]"]:
+        request = call.request
         self._worker.engine.add(request, prefill_only=True)
         push = Push(
-            ticket,
+            call.ticket,
             request,
             self._storage,
             self._worker.record.compatibility.identity,
@@ -112,20 +128,11 @@ class PrefillService:
         self._pushes[pushing] = None
         # A callback, not a `finally` in the task: a task cancelled before its first turn never reaches its `finally`.
         pushing.add_done_callback(lambda task: self._forget(task, request.request_id))
-        try:
-            result = await self._first_token(job, request)
-        except BaseException:
-            pushing.cancel()
-            raise
-        if result.finish_reason is not None and request.sampling.n == 1:
-            pushing.cancel()  # one token was all: nobody needs the KV elsewhere
-        return result
+        return job, pushing
 
     async def _first_token(self, job: _Job, request: Request) -> PrefillResult:
         sequence = self._worker.engine.sequence(request.request_id)
         first = await job.done
-        if first.finish_reason is None or request.sampling.n > 1:
-            job.transport = (await self._connections.get(job.push.ticket.address)).transport
         now = self._clock.now()
         first_step_s = job.first_step_s or now
         return PrefillResult(
@@ -137,7 +144,7 @@ class PrefillService:
             load=self._worker.engine.load(),
             logprobs=first.logprobs[0] if first.logprobs else None,
             prompt_logprobs=first.prompt_logprobs,
-            transport=job.transport,
+            transport=job.push.transport if first.finish_reason is None or request.sampling.n > 1 else "",
         )
 
     def _check(self, ticket: Ticket) -> None:
@@ -179,8 +186,6 @@ class PrefillService:
             await push.run(self._connections)
         except BatonError as error:
             self._emit("push.failed", request=request_id, why=error.message)
-            if not job.done.done():
-                job.done.set_exception(error)
             return "failed"
         report = push.report("ok")
         self._emit(
@@ -196,4 +201,4 @@ class PrefillService:
         self._worker.engine.abort(request_id)
         self._worker.admit()
         outcome: Outcome = "cancelled" if pushing.cancelled() else pushing.result()
-        self._on_transfer(replace(job.push.report(outcome), transport=job.transport))
+        self._on_transfer(replace(job.push.report(outcome), transport=job.push.transport))

@@ -2,7 +2,9 @@
 that the decode worker gives when it computes the prompt itself.
 
     unknown --prove--> proven --interval, reconnect, new incarnation--> prove again
-               |------> failed: carries nothing, and is tried again after a while
+               |          |
+               |          +--> quarantined: too many pieces did not match their digest; carries nothing for a while
+               +------> failed: carries nothing, and is tried again after a while
 
 Tokens must be equal, or differ only where the two best candidates are as good as equal: workers of low precision round
 differently from one batch to the next. What both say of each token's log probability must agree as well.
@@ -23,6 +25,9 @@ from baton_router.generation import Tokens
 NUM_TOKENS = 4
 TIMEOUT_S = 20.0
 RETRY_S = 10.0
+MAX_MISMATCHES = 3  # pieces of one pair within MISMATCH_WINDOW_S; with the third it is quarantined
+MISMATCH_WINDOW_S = 60.0
+QUARANTINE_S = 30.0
 LOGPROB_TOLERANCE = (
     0.1  # bfloat16 rounds log probabilities by a few hundredths; another model is off by whole units
 )
@@ -41,6 +46,15 @@ class Verdict:
     due_s: float  # when it is tried again
 
 
+@dataclass(slots=True)
+class PairCounts:
+    """Since this router started."""
+
+    num_mismatches: int = 0  # pieces that did not match their digest
+    num_repairs: int = 0  # prompts that the decode worker computed because the KV did not come
+    num_quarantines: int = 0
+
+
 class Canary:
     """Owns the verdicts. `run` proves; everybody else asks."""
 
@@ -49,7 +63,10 @@ class Canary:
         self._emit = emit
         self._interval_s = interval_s
         self._verdicts: dict[_Key, Verdict] = {}
+        self._mismatches: dict[_Key, list[float]] = {}  # when each was, within the window
+        self._changed = asyncio.Event()
         self._num_trials = 0
+        self.counts: dict[tuple[WorkerId, WorkerId], PairCounts] = {}
 
     def verdict(self, prefill: WorkerRecord, decode: WorkerRecord) -> Verdict | None:
         """None: not tried yet."""
@@ -64,8 +81,38 @@ class Canary:
         for key in [key for key in self._verdicts if worker_id in (key[0], key[2])]:
             del self._verdicts[key]
 
+    def note_mismatches(
+        self, prefill: WorkerRecord, decode: WorkerRecord, number: int, *, is_fatal: bool
+    ) -> None:
+        """Pieces of a request did not match their digest; `is_fatal` when their repeats did not either."""
+        key, now_s = _key(prefill, decode), self._clock.now()
+        recent = [at_s for at_s in self._mismatches.get(key, []) if at_s > now_s - MISMATCH_WINDOW_S]
+        self._mismatches[key] = recent = [*recent, *[now_s] * number]
+        self._count(prefill, decode).num_mismatches += number
+        verdict = self._verdicts.get(key)
+        if (is_fatal or len(recent) >= MAX_MISMATCHES) and verdict is not None and verdict.proven:
+            self._quarantine(prefill, decode, len(recent))
+
+    def note_repair(self, prefill: WorkerRecord, decode: WorkerRecord) -> None:
+        self._count(prefill, decode).num_repairs += 1
+
+    def _quarantine(self, prefill: WorkerRecord, decode: WorkerRecord, number: int) -> None:
+        reason = (
+            f"quarantined for {QUARANTINE_S:g} s: {number} pieces did not match their digest within "
+            f"{MISMATCH_WINDOW_S:g} s"
+        )
+        self._verdicts[_key(prefill, decode)] = Verdict(False, reason, self._clock.now() + QUARANTINE_S)
+        self._mismatches.pop(_key(prefill, decode))
+        self._count(prefill, decode).num_quarantines += 1
+        self._emit("pair.quarantined", prefill=prefill.worker_id, decode=decode.worker_id, why=reason)
+        self._changed.set()
+
+    def _count(self, prefill: WorkerRecord, decode: WorkerRecord) -> "PairCounts":
+        return self.counts.setdefault((prefill.worker_id, decode.worker_id), PairCounts())
+
     async def run(self, pairs: Callable[[], list[Pair]], changed: asyncio.Event, trial: Trial) -> None:
         """Until cancelled. `pairs` are those that fit; `changed` is set whenever they may be others."""
+        self._changed = changed
         while True:
             changed.clear()
             for prefill, decode in self._due(pairs()):

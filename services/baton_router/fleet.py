@@ -12,7 +12,7 @@ from baton.kv.block import BlockHash
 from baton.messages import BlockLedger, Role, StatusCall, WorkerRecord, WorkerStatus
 from baton.request import WorkerId
 from baton.rpc import STATUS_WATCH, Rpc
-from baton_router.canary import Canary, Trial
+from baton_router.canary import Canary, PairCounts, Trial
 from baton_router.fleet_view import IndexHealth
 from baton_router.mirror import PrefixMirror
 from baton_router.placement import can_pair, why_no_pair
@@ -76,6 +76,9 @@ class Fleet:
         """Pairs that do not fit, and why."""
         reasons = {(p.worker_id, d.worker_id): why_no_pair(p, d) for p, d in self._possible_pairs()}
         return {pair: why for pair, why in reasons.items() if why}
+
+    def pair_counts(self) -> dict[tuple[WorkerId, WorkerId], PairCounts]:
+        return self.canary.counts
 
     def _possible_pairs(self) -> list[tuple[WorkerRecord, WorkerRecord]]:
         records = [link.record for link in self.ready()]

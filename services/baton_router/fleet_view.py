@@ -7,6 +7,7 @@ from typing import Protocol
 from baton.errors import BatonError
 from baton.messages import BlockLedger, Role, WorkerRecord
 from baton.request import WorkerId
+from baton_router.canary import PairCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,10 @@ class FleetView(Protocol):
 
     def refused_pairs(self) -> Mapping[tuple[WorkerId, WorkerId], str]:
         """Pairs that do not fit, and why."""
+        ...
+
+    def pair_counts(self) -> Mapping[tuple[WorkerId, WorkerId], PairCounts]:
+        """What went wrong between pairs since this router started."""
         ...
 
     def index_health(self) -> IndexHealth: ...

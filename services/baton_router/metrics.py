@@ -33,6 +33,13 @@ class RouterMetrics:
         self._transport = Gauge(
             "baton_router_transport_info", "Transports between pairs.", ["transport"], registry=registry
         )
+        self._pairs = Gauge(
+            "baton_router_pair_troubles",
+            "Since the router started: pieces that did not match their digest (mismatches), prompts that the decode "
+            "worker computed because their KV did not come (repairs), times that the pair was quarantined.",
+            ["prefill", "decode", "kind"],
+            registry=registry,
+        )
         self._index_healthy = Gauge(
             "baton_router_index_healthy", "1 while the prefix index answers.", registry=registry
         )
@@ -70,4 +77,8 @@ class RouterMetrics:
         self._transport.clear()
         for transport in transports_in_use(fleet):
             self._transport.labels(transport).set(1)
+        for (prefill, decode), counts in fleet.pair_counts().items():
+            self._pairs.labels(prefill, decode, "mismatches").set(counts.num_mismatches)
+            self._pairs.labels(prefill, decode, "repairs").set(counts.num_repairs)
+            self._pairs.labels(prefill, decode, "quarantines").set(counts.num_quarantines)
         self._index_healthy.set(fleet.index_health().healthy)

@@ -3,7 +3,8 @@
 1 admit            a slot, or 429
 2 place            a pair (prefill worker, decode worker), or a decode worker alone
 3 submit           decode worker reserves blocks and answers with a ticket
-4 prefill          prefill worker computes, pushes KV to the ticket's address, answers with the first token
+4 prefill          prefill worker computes, pushes KV to the ticket's address, answers with the first token; where
+                   the KV does not arrive, the decode worker computes the prompt itself (hand_over)
 5 stream           first token, then the decode worker's Step messages, straight into the request's stream
 6 end              finish, error, deadline, cancel or disconnect: one path, which cancels the attempt on the decode
                    worker and the call on the prefill worker if they have not ended by themselves
@@ -12,8 +13,7 @@
 import asyncio
 import random
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator
 
 from baton.clock import Clock
 from baton.config import RouterConfig
@@ -23,6 +23,7 @@ from baton.errors import (
     DeadlineExceeded,
     InternalError,
     Overloaded,
+    TransferError,
     Unavailable,
 )
 from baton.events import Emit
@@ -32,13 +33,12 @@ from baton.request import Request, WorkerId
 from baton_router.admission import Admission
 from baton_router.fleet import Fleet
 from baton_router.generation import Record, Tokens, TokenStream
+from baton_router.hand_over import HandOver
 from baton_router.placement import Candidate, Placement, place
 from baton_router.session import Attempt, Session
 from baton_router.workers import Link
 
 MAX_RECORDS = 512
-
-T = TypeVar("T")
 
 
 class Pipeline:
@@ -100,7 +100,8 @@ class Pipeline:
                     await self._run_alone(request, record, stream, link, timeout_s)
                 else:
                     source = self._fleet.link(prefill)
-                    await self._run_pair(_Chains(request), record, stream, source, link, timeout_s)
+                    chains = _Chains(request)
+                    await self._run_pair(chains, record, stream, source, link, timeout_s, is_trial=True)
         except TimeoutError:
             raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
         stream.end()
@@ -141,6 +142,8 @@ class Pipeline:
         prefill: Link,
         decode: Link,
         timeout_s: float,
+        *,
+        is_trial: bool = False,
     ) -> None:
         session, request = decode.session, chains.request
         attempt = session.submit(request, stream, epoch=1, remote_prefill=True, deadline_s=timeout_s)
@@ -151,15 +154,31 @@ class Pipeline:
             record.num_cached_tokens_decode = ticket.num_cached_tokens
             self._confirm(chains, ticket)
             call = PrefillCall(request, ticket, min(timeout_s, self._config.prefill_timeout_s))
-            result = await _while_alive(attempt, prefill.prefill(call, call.deadline_s))
-            record.num_cached_tokens_prefill = result.num_cached_tokens
-            record.transport = result.transport or None
-            attempt.start_stream(_first_tokens(result))
-            if attempt.finished.done():
-                return
-            prefill.depend(attempt)
             attempt.received.add_done_callback(lambda _: self._note_transfer(record, attempt))
-            await attempt.finished
+            hand_over = HandOver(
+                attempt,
+                session,
+                prefill,
+                decode,
+                self._fleet.canary,
+                self._clock,
+                self._emit,
+                is_trial=is_trial,
+            )
+            running = asyncio.create_task(
+                hand_over.run(call, timeout_s, lambda result: self._note_prefill(record, result))
+            )
+            try:
+                await asyncio.wait((running, attempt.finished), return_when=asyncio.FIRST_COMPLETED)
+                if running.done():
+                    running.result()
+                await attempt.finished
+                if is_trial:
+                    await running
+                    _check_trial(hand_over)
+            finally:
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
         finally:
             self._end_attempt(session, attempt)
 
@@ -254,6 +273,10 @@ class Pipeline:
         if batch[-1].finish_reason is not None:
             record.finish_reason = batch[-1].finish_reason.value
 
+    def _note_prefill(self, record: Record, result: PrefillResult) -> None:
+        record.num_cached_tokens_prefill = result.num_cached_tokens
+        record.transport = result.transport or None
+
     def _note_transfer(self, record: Record, attempt: Attempt) -> None:
         if attempt.received.cancelled() or attempt.received.exception() is not None:
             return
@@ -288,23 +311,11 @@ class _Chains:
         return self._hashes[kind]
 
 
-def _first_tokens(result: PrefillResult) -> Tokens:
-    logprobs = (result.logprobs,) if result.logprobs is not None else ()
-    return Tokens(0, (result.token_id,), result.finish_reason, logprobs, result.prompt_logprobs)
-
-
 def _candidate(link: Link, held: dict[WorkerId, int]) -> Candidate:
     return Candidate(link.record, held.get(link.record.worker_id, 0), link.num_dispatched_tokens)
 
 
-async def _while_alive(attempt: Attempt, call: Coroutine[Any, Any, T]) -> T:
-    """The call's result, unless the attempt fails first: then its error, and the call is cancelled."""
-    task = asyncio.create_task(call)
-    try:
-        await asyncio.wait((task, attempt.finished), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            attempt.finished.result()
-        return await task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+def _check_trial(hand_over: HandOver) -> None:
+    """A path whose damage was repaired has given the right answer, and is no good path."""
+    if hand_over.num_mismatches:
+        raise TransferError(f"{hand_over.num_mismatches} pieces did not match their digest")

@@ -73,6 +73,8 @@ def place(
             if prefill.record.worker_id == decode.record.worker_id:
                 cost = wait_s + _compute_s(decode, num_prompt_tokens, rates)
                 options.append(Placement(None, decode.record.worker_id, cost))
+            elif num_prompt_tokens >= prefill.record.max_model_len:
+                continue
             elif can_pair(prefill.record, decode.record) and is_proven(prefill.record, decode.record):
                 cost = wait_s + _prefill_cost(prefill, decode, num_prompt_tokens, rates)
                 options.append(Placement(prefill.record.worker_id, decode.record.worker_id, cost))

@@ -4,7 +4,7 @@ An `Attempt` is one try at serving one request on one decode worker. It has a ha
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,9 @@ from baton.messages import (
     Failure,
     Heartbeat,
     Load,
+    Missed,
     Received,
+    Recompute,
     SessionDown,
     SessionUp,
     Step,
@@ -44,6 +46,7 @@ class Attempt:
         self._next_index = [first_index] + [0] * (request.sampling.n - 1)  # of each sample; see _ENDED
         self._num_running = request.sampling.n
         self._held: list[Tokens] | None = []  # what came before the first token was given to the stream
+        self.on_missed: Callable[[str], None] = lambda reason: None  # the KV did not arrive
 
     @property
     def handles(self) -> range:
@@ -103,6 +106,12 @@ class Attempt:
         if not self._num_running:
             self._resolve(self.finished, reason)
 
+    def recomputed(self) -> None:
+        """The decode worker draws the first token, too, unless the stream has it."""
+        if self._held is not None:
+            self._next_index[0] = 0
+            self.start_stream()
+
     def got_ticket(self, ticket: Ticket) -> None:
         self._resolve(self.ticket, ticket)
 
@@ -154,6 +163,11 @@ class Session:
             self._send(Cancel(handle))
             attempt.drop(sample)
 
+    def recompute(self, attempt: Attempt, reason: str, first_token: int | None) -> None:
+        """Its KV will not come: the worker computes the prompt."""
+        attempt.recomputed()
+        self._send(Recompute(attempt.handle, reason, first_token))
+
     def fail_all(self, error: BatonError) -> None:
         """Their pipelines hear of it and cancel them, so a worker that is still there gives everything back."""
         for attempt in tuple(self._attempts.values()):
@@ -184,6 +198,9 @@ class Session:
             case Ticket():
                 if (attempt := self._attempt_of(message.handle)) is not None:
                     attempt.got_ticket(message)
+            case Missed():
+                if (attempt := self._attempt_of(message.handle)) is not None:
+                    attempt.on_missed(message.reason)
             case Received():
                 if (attempt := self._attempt_of(message.handle)) is not None:
                     attempt.got_kv(message)

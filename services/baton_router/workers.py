@@ -8,7 +8,8 @@ What goes over a session is in `session`.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
 from baton.clock import Clock
@@ -17,6 +18,7 @@ from baton.events import Emit
 from baton.messages import (
     BlockLedger,
     BlocksCall,
+    PrefillAnswer,
     PrefillCall,
     PrefillResult,
     Role,
@@ -26,7 +28,7 @@ from baton.messages import (
 )
 from baton.request import WorkerId
 from baton.rpc import PREFILL, SESSION, STATUS_BLOCKS, STATUS_WATCH, Rpc
-from baton_router.session import Attempt, Session
+from baton_router.session import Session
 
 RECONNECT_S = 0.25
 
@@ -52,7 +54,9 @@ class Link:
         self._clock = clock
         self._emit = emit
         self._timeout_s = timeout_s
-        self._depending: set[Attempt] = set()  # their KV is still on its way out of this worker
+        self._watching: dict[
+            Callable[[BatonError], None], None
+        ] = {}  # whose KV is on its way out of this worker
         self._parts_up: set[str] = set()
         self._on_change = on_change
 
@@ -60,27 +64,34 @@ class Link:
     def up(self) -> bool:
         return len(self._parts_up) == (2 if Role.DECODE in self.record.roles else 1)
 
-    async def prefill(self, call: PrefillCall, timeout_s: float) -> PrefillResult:
-        self.num_dispatched_tokens += call.request.num_prompt_tokens
+    async def prefill(self, call: PrefillCall, timeout_s: float) -> AsyncGenerator[PrefillAnswer, None]:
+        """Until the push has ended. Raises WorkerLost when the worker goes before."""
+        num_tokens = call.request.num_prompt_tokens
+        self.num_dispatched_tokens += num_tokens
         try:
-            result: PrefillResult = await self._channel.unary(PREFILL, call, timeout_s=timeout_s)
+            async with aclosing(self._channel.server_stream(PREFILL, call, timeout_s=timeout_s)) as answers:
+                async for answer in answers:
+                    self.num_dispatched_tokens -= num_tokens
+                    num_tokens = 0
+                    if isinstance(answer, PrefillResult) and answer.transport:
+                        self.transports[call.ticket.worker_id] = answer.transport
+                    yield answer
         except Unavailable as error:
             raise WorkerLost(f"prefill worker {self.record.worker_id} was lost: {error.message}") from error
         finally:
-            self.num_dispatched_tokens -= call.request.num_prompt_tokens
-        if result.transport:
-            self.transports[call.ticket.worker_id] = result.transport
-        return result
+            self.num_dispatched_tokens -= num_tokens
+
+    @contextmanager
+    def watched(self, on_lost: Callable[[BatonError], None]) -> Iterator[None]:
+        """Inside, `on_lost` is called when this worker is lost: it may be silent for long before a call breaks."""
+        self._watching[on_lost] = None
+        try:
+            yield
+        finally:
+            del self._watching[on_lost]
 
     async def blocks(self, timeout_s: float) -> BlockLedger:
         return await self._channel.unary(STATUS_BLOCKS, BlocksCall(), timeout_s=timeout_s)
-
-    def depend(self, attempt: Attempt) -> None:
-        """Until its KV was received, this attempt dies with this worker."""
-        if attempt.received.done():
-            return
-        self._depending.add(attempt)
-        attempt.received.add_done_callback(lambda _: self._depending.discard(attempt))
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -146,6 +157,5 @@ class Link:
         error = WorkerLost(f"worker {self.record.worker_id} was lost: {why}")
         self._on_change(self)
         self.session.fail_all(error)
-        depending, self._depending = self._depending, set()
-        for attempt in depending:
-            attempt.fail(error)
+        for on_lost in tuple(self._watching):
+            on_lost(error)

@@ -3,6 +3,7 @@
     add       a prompt to be computed here; prefill_only: stops after the first token, keeps its blocks: HELD
     reserve   a prompt whose KV is computed elsewhere; when admitted its blocks can be written to: RESERVED
     activate  the KV has arrived, the sequence decodes from its first token on
+    recompute it will not: the prompt is computed here after all
     fork      one more answer to a prompt that is here already
     abort     the end of any of them, at any time; release is the end of a HELD one
     step      schedule, run, process; the next one is prepared while the device is still busy with this one
@@ -111,19 +112,20 @@ class Engine:
         """KV of the whole prompt is in the reserved blocks. Returns the reason if the first token is also the
         last: the sequence is gone then. Raises InvalidRequest, without effect, when there is no such
         reservation."""
-        sequence = self._sequences.get(request_id)
-        if sequence is None or sequence.status is not SequenceStatus.RESERVED:
-            raise InvalidRequest(f"request {request_id} holds no reservation")
-        if not 0 <= first_token < self._runner.vocab_size:
-            raise InvalidRequest(f"token {first_token} is not in the vocabulary", param="first_token")
+        sequence = self._reserved(request_id, first_token)
         self._kv.commit(sequence, sequence.request.num_prompt_tokens)
         self._append(sequence, first_token)
-        if sequence.finished:
-            self._drop(sequence)
-        else:
-            self._scheduler.activate(sequence)
-        self.work.set()
-        return sequence.finish_reason
+        return self._start(sequence)
+
+    def recompute(self, request_id: RequestId, first_token: int | None) -> FinishReason | None:
+        """The KV of a reservation will not come, and nobody writes to its blocks any more: its prompt is computed here,
+        in these blocks. `first_token`, where somebody has drawn it, is kept, and only what follows is drawn. Returns
+        and raises like `activate`."""
+        sequence = self._reserved(request_id, first_token)
+        sequence.remote = False
+        if first_token is not None:
+            self._append(sequence, first_token)
+        return self._start(sequence)
 
     def abort(self, request_id: RequestId) -> None:
         """The request is unknown from now on. Its blocks go back at once, or when the steps it is part of have
@@ -368,6 +370,22 @@ class Engine:
             error,
             corrupted=corrupted,
         )
+
+    def _reserved(self, request_id: RequestId, first_token: int | None) -> Sequence:
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.status is not SequenceStatus.RESERVED:
+            raise InvalidRequest(f"request {request_id} holds no reservation")
+        if first_token is not None and not 0 <= first_token < self._runner.vocab_size:
+            raise InvalidRequest(f"token {first_token} is not in the vocabulary", param="first_token")
+        return sequence
+
+    def _start(self, sequence: Sequence) -> FinishReason | None:
+        if sequence.finished:
+            self._drop(sequence)
+        else:
+            self._scheduler.activate(sequence)
+        self.work.set()
+        return sequence.finish_reason
 
     def _drop(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]

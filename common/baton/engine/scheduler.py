@@ -98,7 +98,7 @@ class Scheduler:
         return admitted
 
     def activate(self, sequence: Sequence) -> None:
-        """The KV of a reserved sequence has arrived."""
+        """The KV of a reserved sequence has arrived, or will be computed here."""
         assert sequence.status is SequenceStatus.RESERVED
         self.num_reserved -= 1
         self._run(sequence)

@@ -49,8 +49,8 @@ class Method(Generic[Req, Res]):
         return f"/{self.service}/{self.name}"
 
 
-PREFILL: Method[m.PrefillCall, m.PrefillResult] = Method(
-    "baton.v1.Prefill", "Prefill", Kind.UNARY, m.PrefillCall, m.PrefillResult
+PREFILL: Method[m.PrefillCall, m.PrefillAnswer] = Method(
+    "baton.v1.Prefill", "Prefill", Kind.SERVER_STREAM, m.PrefillCall, m.PrefillAnswer
 )
 SESSION: Method[m.SessionUp, m.SessionDown] = Method(
     "baton.v1.Decode", "Session", Kind.BIDI, m.SessionUp, m.SessionDown

@@ -10,26 +10,30 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SessionRequest(_message.Message):
-    __slots__ = ("submit", "cancel")
+    __slots__ = ("submit", "cancel", "recompute")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTE_FIELD_NUMBER: _ClassVar[int]
     submit: Submit
     cancel: Cancel
-    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    recompute: Recompute
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., recompute: _Optional[_Union[Recompute, _Mapping]] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
-    __slots__ = ("ticket", "failure", "step", "received", "heartbeat")
+    __slots__ = ("ticket", "failure", "step", "received", "heartbeat", "missed")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    MISSED_FIELD_NUMBER: _ClassVar[int]
     ticket: _ticket_pb2.Ticket
     failure: Failure
     step: Step
     received: Received
     heartbeat: Heartbeat
-    def __init__(self, ticket: _Optional[_Union[_ticket_pb2.Ticket, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., received: _Optional[_Union[Received, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+    missed: Missed
+    def __init__(self, ticket: _Optional[_Union[_ticket_pb2.Ticket, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., received: _Optional[_Union[Received, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., missed: _Optional[_Union[Missed, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("handle", "request", "epoch", "remote_prefill", "deadline_s")
@@ -86,6 +90,24 @@ class Step(_message.Message):
     prompt_logprob_handles: _containers.RepeatedScalarFieldContainer[int]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_request_pb2.PromptLogprobs]
     def __init__(self, handles: _Optional[_Iterable[int]] = ..., first_index: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finished_handles: _Optional[_Iterable[int]] = ..., finished_reasons: _Optional[_Iterable[_Union[_request_pb2.FinishReason, str]]] = ..., load: _Optional[_Union[_worker_pb2.Load, _Mapping]] = ..., logprob_rows: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_request_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_logprob_handles: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_request_pb2.PromptLogprobs, _Mapping]]] = ...) -> None: ...
+
+class Recompute(_message.Message):
+    __slots__ = ("handle", "reason", "first_token")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    reason: str
+    first_token: int
+    def __init__(self, handle: _Optional[int] = ..., reason: _Optional[str] = ..., first_token: _Optional[int] = ...) -> None: ...
+
+class Missed(_message.Message):
+    __slots__ = ("handle", "reason")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    reason: str
+    def __init__(self, handle: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Received(_message.Message):
     __slots__ = ("handle", "num_blocks", "num_bytes", "seconds")

@@ -19,6 +19,22 @@ class PrefillRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[_request_pb2.Request, _Mapping]] = ..., ticket: _Optional[_Union[_ticket_pb2.Ticket, _Mapping]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
+    __slots__ = ("result", "pushed")
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_FIELD_NUMBER: _ClassVar[int]
+    result: PrefillResult
+    pushed: Pushed
+    def __init__(self, result: _Optional[_Union[PrefillResult, _Mapping]] = ..., pushed: _Optional[_Union[Pushed, _Mapping]] = ...) -> None: ...
+
+class Pushed(_message.Message):
+    __slots__ = ("reason", "num_mismatches")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    NUM_MISMATCHES_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    num_mismatches: int
+    def __init__(self, reason: _Optional[str] = ..., num_mismatches: _Optional[int] = ...) -> None: ...
+
+class PrefillResult(_message.Message):
     __slots__ = ("token_id", "finish_reason", "num_cached_tokens", "queue_s", "prefill_s", "load", "logprobs", "prompt_logprobs", "transport")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
