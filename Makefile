@@ -18,7 +18,8 @@ SOURCES := common/baton services loadtest kernels
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints-cpu.txt
 
-.PHONY: install run test test-containers lint proto bench bench-kernels kernel-gate survey demo-model clean
+.PHONY: install run test test-containers lint proto bench bench-kernels bench-transfer bench-overlap kernel-gate survey \
+	demo-model clean
 
 install: $(INSTALLED)
 
@@ -69,6 +70,13 @@ bench-kernels:
 
 kernel-gate: $(INSTALLED)
 	$(BIN)/python tests/kernels/compile_gate.py $(ARGS)
+
+# Both write their tables into benchmarks/results; for a machine that does nothing else.
+bench-transfer: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_transfer.py --write $(ARGS)
+
+bench-overlap: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_overlap.py --write $(ARGS)
 
 survey: $(INSTALLED)
 	$(BIN)/python scripts/survey_models.py $(ARGS)

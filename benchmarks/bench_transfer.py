@@ -1,257 +1,217 @@
-"""How fast KV blocks cross between two processes of one machine, and what it costs.
+"""How fast KV blocks cross between two processes of one machine, what it costs, and what a user notices of it.
 
-Measured: scattered blocks of one pool, pushed as pieces of about 4 MiB (MAX_IN_FLIGHT at once) into scattered blocks
-of another process's pool, over each transport; no digests, no engine. Beside it, in the same rounds and turn by turn,
-as many bytes through one blocking socket from one buffer into one buffer: the ceiling of Python and loopback. Ratios
-to that ceiling carry over to other machines, GB/s do not (1 GB = 1e9 bytes).
+    python benchmarks/bench_transfer.py [--rounds 7] [--pairs 25] [--transports shm,ucx,tcp] [--write]
 
-    python benchmarks/bench_transfer.py [--rounds 7] [--megabytes 512] [--transports tcp,ucx] [--loop uvloop]
+Speed: scattered blocks of one process's pool, pushed as pieces of 4 MiB (MAX_IN_FLIGHT at once) into scattered blocks
+of another's, without digest and engine. Beside it, in the same rounds and turn by turn, the ceilings: `memcpy`, one
+thread copying block by block from one pool into another; `raw socket`, the same bytes from one buffer into one buffer
+through one blocking socket; and `ucx_perftest` where it is installed. Ratios are taken round by round: they carry over
+to other machines, GB/s do not (1 GB = 1e9 bytes).
 
-CPU seconds are of the sending and the receiving process. `lag` is how late a 1 ms timer on the sender's loop fires
-during transfers: a stand-in for what gRPC on that loop sees. `idle` is the CPU use of both processes while all
-connections are open and nothing is sent. The last line of stdout is one JSON object.
+Hand-over: prompts of 2,000 random tokens to the demo model, in turn to a prefill and a decode worker over shared memory
+and to a decode worker alone, each a `baton up` of its own.
+
+--write puts the tables into benchmarks/results/transfer.md. The last line of stdout is one JSON object.
 """
 
 import argparse
 import asyncio
+import importlib.util
 import json
-import mmap
 import os
-import random
-import socket
+import re
+import shutil
 import statistics
 import subprocess
-import sys
-import threading
+import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-import psutil
 import uvloop
+from handover_ttft import HandOver, measure_hand_over
+from machine import describe_machine
+from transfer_pair import MEMCPY, MIB, SHAPES, SOCKET, TLS, Pair, make_certificates
 
-from baton.clock import SystemClock
-from baton.errors import TransferError
-from baton.request import RequestId
-from baton.transfer.base import MAX_IN_FLIGHT, Connection
-from baton.transfer.choose import available, make_transport
-from baton.transfer.wire import PieceHeader
+from baton.transfer.choose import available
 
-HOST = "127.0.0.1"
-KIB, MIB = 2**10, 2**20
-PIECE_BYTES = 4 * MIB
-SHAPES = {"2048 x 64 KiB": (2048, 64 * KIB), "512 x 256 KiB": (512, 256 * KIB)}
-IDLE_S = 3.0
-
-
-class Pool:
-    """Blocks in one allocation, handed out in a shuffled order, as a pool that has been in use for a while."""
-
-    def __init__(self, num_blocks: int, block_bytes: int, seed: int) -> None:
-        # Aligned, as the pool of an engine is: an odd start costs a copy a third of its speed.
-        self._memory = memoryview(mmap.mmap(-1, num_blocks * block_bytes))
-        self._memory[:] = os.urandom(MIB) * (len(self._memory) // MIB)
-        self._order = random.Random(seed).sample(range(num_blocks), num_blocks)
-        self._block_bytes = block_bytes
-
-    def blocks(self, start: int, num_blocks: int) -> list[memoryview]:
-        size = self._block_bytes
-        return [self._memory[i * size : (i + 1) * size] for i in self._order[start : start + num_blocks]]
+RESULTS = Path(__file__).parent / "results" / "transfer.md"
+GRPC_S = 3.0  # per transport
+PERFTEST_PORT = 13399
+# As baton.transfer.ucx sets them.
+PERFTEST_ENV = {
+    "UCX_TLS": "tcp",
+    "UCX_NET_DEVICES": "lo",
+    "UCX_RNDV_SCHEME": "put_zcopy",
+    "UCX_TCP_TX_SEG_SIZE": "1M",
+    "UCX_TCP_RX_SEG_SIZE": "1M",
+}
 
 
-class PoolSink:
-    """A piece has as many tokens as blocks; its bytes for each say which of the shapes it belongs to."""
-
-    def __init__(self) -> None:
-        self._pools = {size: Pool(number, size, seed=1) for number, size in SHAPES.values()}
-
-    def open(self, header: PieceHeader) -> Sequence[memoryview]:
-        pool = self._pools[header.num_bytes // header.num_tokens]
-        return pool.blocks(header.token_start, header.num_tokens)
-
-    def close(self, header: PieceHeader, error: TransferError | None) -> None:
-        pass
-
-
-async def receive(names: list[str]) -> None:
-    """The other process: one listener per transport, and the plain socket in a thread."""
-    sink, transports = PoolSink(), [make_transport(name, SystemClock(), HOST) for name in names]
-    plain = socket.create_server((HOST, 0))
-    threading.Thread(target=receive_plain, args=(plain,), daemon=True).start()
-    addresses = [await transport.listen(sink) for transport in transports]
-    print(json.dumps([plain.getsockname()[1], *addresses]), flush=True)
-    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # until the sender leaves
-
-
-def receive_plain(listener: socket.socket) -> None:
-    buffer = memoryview(bytearray(16 * MIB))
-    connection, _ = listener.accept()
-    while True:
-        left = len(buffer)
-        while left:
-            num_bytes = connection.recv_into(buffer[-left:])
-            if not num_bytes:
-                return
-            left -= num_bytes
-        connection.sendall(b"k")
-
-
-@dataclass
-class Result:
-    gb_per_s: list[float] = field(default_factory=list)
-    of_plain: list[float] = field(default_factory=list)
-    send_cpu_s: list[float] = field(default_factory=list)  # per GB
-    receive_cpu_s: list[float] = field(default_factory=list)
-    lag_ms: list[float] = field(default_factory=list)
-
-    def summary(self) -> dict[str, float]:
-        lags = sorted(self.lag_ms) or [0.0]
-        return {
-            "gb_per_s": round(statistics.median(self.gb_per_s), 2),
-            "of_plain": round(statistics.median(self.of_plain), 2),
-            "of_plain_min": round(min(self.of_plain), 2),
-            "of_plain_max": round(max(self.of_plain), 2),
-            "send_cpu_s_per_gb": round(statistics.median(self.send_cpu_s), 2),
-            "receive_cpu_s_per_gb": round(statistics.median(self.receive_cpu_s), 2),
-            "lag_p50_ms": round(lags[len(lags) // 2], 2),
-            "lag_p99_ms": round(lags[int(len(lags) * 0.99)], 2),
-        }
-
-
-def cpu_seconds(process: psutil.Process) -> float:
-    return time.clock_gettime((~process.pid << 3) | 2)  # the process's CPU clock, exact to the nanosecond
-
-
-class Bench:
-    def __init__(self, receiver: psutil.Process, num_bytes: int) -> None:
-        self._processes = (psutil.Process(), receiver)
-        self._num_bytes = num_bytes
-        self._pools = {shape: Pool(*numbers, seed=2) for shape, numbers in SHAPES.items()}
-        self.results: dict[str, Result] = {}
-
-    async def blocks(self, name: str, connection: Connection, shape: str) -> None:
-        num_blocks, block_bytes = SHAPES[shape]
-        per_piece = PIECE_BYTES // block_bytes
-        pool = self._pools[shape]
-        room = asyncio.Semaphore(MAX_IN_FLIGHT)
-
-        async def piece(sequence: int, start: int) -> None:
-            end, num_bytes = start + per_piece, per_piece * block_bytes
-            header = PieceHeader(RequestId("bench"), 0, sequence, 0, 1, start, end, num_bytes)
-            await connection.push(header, pool.blocks(start, per_piece), timeout_s=60)
-            room.release()
-
-        async def everything() -> None:
-            async with asyncio.TaskGroup() as tasks:
-                for sequence in range(self._num_bytes // PIECE_BYTES):
-                    await room.acquire()
-                    tasks.create_task(piece(sequence, sequence * per_piece % num_blocks))
-
-        await self._measure(f"{name} {shape}", everything)
-
-    async def plain(self, sock: socket.socket) -> None:
-        buffer = memoryview(bytearray(16 * MIB))
-
-        def everything() -> None:
-            for _ in range(self._num_bytes // len(buffer)):
-                sock.sendall(buffer)
-            for _ in range(self._num_bytes // len(buffer)):
-                sock.recv(1)
-
-        async def in_thread() -> None:
-            await asyncio.to_thread(everything)
-
-        await self._measure("plain socket", in_thread)
-
-    async def _measure(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
-        result = self.results.setdefault(what, Result())
-        watching = asyncio.create_task(watch_lag(result.lag_ms))
-        before = [cpu_seconds(process) for process in self._processes]
-        started_s = time.perf_counter()
-        await work()
-        seconds = time.perf_counter() - started_s
-        cpu = [cpu_seconds(process) - b for process, b in zip(self._processes, before, strict=True)]
-        watching.cancel()
-        gigabytes = self._num_bytes / 1e9
-        result.gb_per_s.append(gigabytes / seconds)
-        result.of_plain.append(gigabytes / seconds / self.results["plain socket"].gb_per_s[-1])
-        result.send_cpu_s.append(cpu[0] / gigabytes)
-        result.receive_cpu_s.append(cpu[1] / gigabytes)
-
-    async def idle_percent(self) -> list[float]:
-        before = [cpu_seconds(process) for process in self._processes]
-        await asyncio.sleep(IDLE_S)
-        return [
-            round(100 * (cpu_seconds(process) - b) / IDLE_S, 2)
-            for process, b in zip(self._processes, before, strict=True)
-        ]
-
-
-async def watch_lag(lags_ms: list[float]) -> None:
-    while True:
-        started_s = time.perf_counter()
-        await asyncio.sleep(0.001)
-        lags_ms.append(1e3 * (time.perf_counter() - started_s) - 1)
-
-
-async def send(options: argparse.Namespace) -> None:
-    names: list[str] = options.transports
-    receiver = subprocess.Popen(  # noqa: ASYNC220 - before anything is measured
-        [sys.executable, __file__, "--receive", "--transports", ",".join(names), "--loop", options.loop],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    transports = {name: make_transport(name, SystemClock(), HOST) for name in names}
-    try:
-        assert receiver.stdout is not None
-        port, *addresses = json.loads(receiver.stdout.readline())
-        bench = Bench(psutil.Process(receiver.pid), options.megabytes * MIB)
-        sock = socket.create_connection((HOST, port))
-        connections = {
-            name: await transports[name].connect(address, timeout_s=10)
-            for name, address in zip(names, addresses, strict=True)
-        }
-        for round_ in range(options.rounds + 1):
-            for shape in SHAPES:
-                await bench.plain(sock)
-                for name in names:
-                    await bench.blocks(name, connections[name], shape)
-            if round_ == 0:
-                bench.results.clear()  # first touch of every buffer
-        idle = await bench.idle_percent()
-    finally:
-        for transport in transports.values():
-            await transport.aclose()
-        receiver.kill()
-        receiver.communicate()
-    report(bench.results, idle, options)
-
-
-def report(results: dict[str, Result], idle: list[float], options: argparse.Namespace) -> None:
-    summaries = {what: result.summary() for what, result in results.items()}
-    print(f"{'':24}  GB/s   of plain (min-max)   CPU s/GB send + receive   lag p50 / p99 ms")
-    for what, s in summaries.items():
-        print(
-            f"{what:24} {s['gb_per_s']:5.2f}   {s['of_plain']:5.2f}  ({s['of_plain_min']:.2f}-"
-            f"{s['of_plain_max']:.2f})      {s['send_cpu_s_per_gb']:5.2f} + {s['receive_cpu_s_per_gb']:.2f}"
-            f"           {s['lag_p50_ms']:8.2f} / {s['lag_p99_ms']:.2f}"
-        )
-    print(f"idle: {idle[0]} % of a core in the sender, {idle[1]} % in the receiver")
-    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    print(json.dumps({"loop": options.loop, "rounds": options.rounds, "idle_percent": idle, **summaries}))
+class Verdict(NamedTuple):
+    claim: str
+    found: str
+    holds: bool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--receive", action="store_true", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--megabytes", type=int, default=512)
-    parser.add_argument("--transports", type=lambda names: names.split(","), default=available())
-    parser.add_argument("--loop", choices=["uvloop", "asyncio"], default="uvloop")
+    parser.add_argument("--pairs", type=int, default=25, help="of hand-overs")
+    parser.add_argument("--transports", type=lambda names: names.split(","), default=[*available(), TLS])
+    parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    work = receive(options.transports) if options.receive else send(options)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop if options.loop == "uvloop" else None) as runner:
-        runner.run(work)
+    started_s = time.monotonic()
+    load = os.getloadavg()[0]
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        pair, idle = runner.run(measure_pair(options))
+    perftest = {shape: run_perftest(size, options.rounds) for shape, size in SHAPES.items()}
+    hand_over = measure_hand_over(options.pairs)
+    verdicts = judge(pair, idle, hand_over)
+    conditions = (
+        f"{describe_machine()}, load average {load:.1f} at the start, {time.monotonic() - started_s:.0f} s"
+    )
+    text = "\n".join(report(pair, perftest, idle, hand_over, verdicts, conditions))
+    print(text)
+    if options.write:
+        RESULTS.write_text(text + "\n")
+    print(json.dumps({verdict.claim: verdict.holds for verdict in verdicts}))
+
+
+async def measure_pair(options: argparse.Namespace) -> tuple[Pair, list[float]]:
+    with tempfile.TemporaryDirectory() as certificates:
+        make_certificates(Path(certificates))
+        async with Pair.running(options.transports, 256 * MIB, certificates) as pair:
+            await pair.round()  # first touch of every buffer
+            pair.samples.clear()
+            for _ in range(options.rounds):
+                await pair.round()
+            for name in options.transports:
+                await pair.grpc_during(name, GRPC_S)
+            return pair, await pair.idle_percent()
+
+
+def run_perftest(num_bytes: int, rounds: int) -> list[float]:
+    """GB/s of UCX's own tag messages; empty where its benchmark is not installed."""
+    package = importlib.util.find_spec("libucx")
+    bundled = Path(package.origin).parent if package and package.origin else Path()
+    found = bundled / "bin" / "ucx_perftest"
+    command = str(found) if found.exists() else shutil.which("ucx_perftest")
+    if command is None:
+        return []
+    env = os.environ | PERFTEST_ENV | {"LD_LIBRARY_PATH": str(bundled / "lib")}
+    iterations = ["-t", "tag_bw", "-s", str(num_bytes), "-n", str(256 * MIB // num_bytes), "-w", "10"]
+    results = []
+    for _ in range(rounds):
+        port = ["-p", str(PERFTEST_PORT)]
+        server = subprocess.Popen(
+            [command, *port], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            time.sleep(0.5)
+            client = [command, "127.0.0.1", *port, *iterations]
+            output = subprocess.run(client, env=env, capture_output=True, text=True, timeout=60).stdout
+        finally:
+            server.kill()
+            server.wait()
+        # Final: iterations, latencies, then MB/s (of 2^20 bytes) average and overall
+        final = re.search(r"^Final:(.*)$", output, re.MULTILINE)
+        if final is None:
+            return []
+        results.append(float(final[1].split()[5]) * MIB / 1e9)
+    return results
+
+
+def judge(pair: Pair, idle: Sequence[float], hand_over: HandOver) -> list[Verdict]:
+    verdicts = []
+    floors = [("tcp", SOCKET, "256 KiB", 0.7), ("tcp", SOCKET, "64 KiB", 0.6)]
+    floors += [("ucx", SOCKET, "contiguous", 0.5), ("ucx", SOCKET, "64 KiB", 0.4)]
+    floors += [("shm", MEMCPY, shape, 0.5) for shape in SHAPES]
+    for name, ceiling, shape, floor in floors:
+        if (name, shape) in pair.samples:
+            ratio = statistics.median(ratios(pair, name, ceiling, shape))
+            verdicts.append(
+                Verdict(f"{name} {shape} >= {floor:g} x {ceiling}", f"{ratio:.2f}", ratio >= floor)
+            )
+    for name, times in pair.grpc_ms.items():
+        p99 = percentile(times, 0.99)
+        verdicts.append(Verdict(f"gRPC p99 during {name} < 10 ms", f"{p99:.2f} ms", p99 < 10))
+    verdicts.append(Verdict("idle CPU < 5 %", f"{max(idle):.2f} %", max(idle) < 5))
+    added = statistics.median(hand_over.added_ms)
+    verdicts.append(Verdict("hand-over of 2,000 tokens adds < 3 ms to TTFT", f"{added:.2f} ms", added < 3))
+    share = 100 * hand_over.digest_share
+    verdicts.append(Verdict("digest <= 3 % of the prefill", f"{share:.2f} %", share <= 3))
+    return verdicts
+
+
+def ratios(pair: Pair, name: str, ceiling: str, shape: str) -> list[float]:
+    return pair.samples[name, shape].over(pair.samples[ceiling, shape])
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    middle, least, most = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({least:.{digits}f}-{most:.{digits}f})"
+
+
+def report(
+    pair: Pair,
+    perftest: dict[str, list[float]],
+    idle: Sequence[float],
+    hand_over: HandOver,
+    verdicts: Sequence[Verdict],
+    conditions: str,
+) -> list[str]:
+    rounds = len(next(iter(pair.samples.values())).gb_per_s)
+    lines = [
+        "# KV between two processes of one machine",
+        "",
+        "```\nmake bench-transfer\n```",
+        "",
+        f"{conditions}. Median (least-greatest) of {rounds} rounds; what is measured stands at the beginning of "
+        "benchmarks/bench_transfer.py.",
+        "",
+        "| what | blocks | GB/s | of memcpy | of the raw socket | CPU s per GB, sender + receiver |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (name, shape), samples in sorted(pair.samples.items(), key=lambda item: [*SHAPES].index(item[0][1])):
+        of = [spread(ratios(pair, name, ceiling, shape)) for ceiling in (MEMCPY, SOCKET)]
+        sent, received = samples.cpu_s
+        lines.append(
+            f"| {name} | {shape} | {spread(samples.gb_per_s)} | {of[0]} | {of[1]} | {sent:.2f} + {received:.2f} |"
+        )
+    for shape, values in perftest.items():
+        if values:
+            lines.append(f"| ucx_perftest tag_bw | {shape} | {spread(values)} | | | |")
+    lines += ["", "| gRPC call during a transfer over | p50 ms | p99 ms | greatest |", "|---|---|---|---|"]
+    for name, times in pair.grpc_ms.items():
+        p50, p99 = percentile(times, 0.5), percentile(times, 0.99)
+        lines.append(f"| {name} | {p50:.2f} | {p99:.2f} | {max(times):.2f} |")
+    lines += [
+        "",
+        f"Idle, all connections open: {idle[0]:.2f} % of a core in the sender, {idle[1]:.2f} % in the receiver.",
+        "",
+        f"| 2,000 tokens, demo model, {len(hand_over.added_ms)} pairs | TTFT ms | second token ms later |",
+        "|---|---|---|",
+        f"| two workers, shared memory | {spread(hand_over.pair_ms)} | {spread(hand_over.pair_second_ms)} |",
+        f"| decode worker alone | {spread(hand_over.alone_ms)} | {spread(hand_over.alone_second_ms)} |",
+        f"| difference, pair by pair | {spread(hand_over.added_ms)} | |",
+        "",
+        f"The digests of these {hand_over.kv_bytes / 1e6:.1f} MB take {1e3 * hand_over.digest_s:.2f} ms on each side, "
+        f"{100 * hand_over.digest_share:.2f} % of the prefill.",
+        "",
+        "| claim | found | |",
+        "|---|---|---|",
+        *(f"| {v.claim} | {v.found} | {'holds' if v.holds else '**does not hold**'} |" for v in verdicts),
+    ]
+    return lines
 
 
 if __name__ == "__main__":

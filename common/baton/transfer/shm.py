@@ -36,8 +36,8 @@ from baton.transfer.sockets import Line, SocketTransport, greet
 from baton.transfer.stream import Stream
 from baton.transfer.vector import Vector
 
-NUM_SLOTS = 4
-SLOT_BYTES = 2**20
+NUM_SLOTS = 2
+SLOT_BYTES = 2**21
 MAX_RING_BYTES = 2**28
 _SHAPE = struct.Struct("<HI")  # slots, bytes of a slot
 _CHUNK = struct.Struct("<I")  # bytes in the next slot

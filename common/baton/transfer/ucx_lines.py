@@ -18,7 +18,7 @@ from baton.transfer.ucx_worker import Operation, UcxWorker
 from baton.transfer.vector import Vector
 
 WINDOW = 4  # chunks in flight per connection
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**21
 PREFIX_BYTES = 512  # of a chunk: two lengths, the piece's header in its first chunk; bytes start aligned
 MAX_CONTROL_BYTES = 1024
 _LENGTHS = struct.Struct("<II")  # of header, of payload; both zero: the sender closes
