@@ -62,7 +62,9 @@ def _ask(llm: LLM, prompts: Sequence[Sequence[int]], **sampling: int) -> list[Re
     return outputs
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 24}, {"num_blocks": 16}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_num_batched_tokens": 24}, {"num_blocks": 16}, {"bit_exact": True}], ids=str
+)
 def test_a_plain_forward_pass_says_the_same(directory: Path, settings: dict[str, int]) -> None:
     """Together, in chunks, and waiting for each other's blocks; twice, because the second time all is cached."""
     prompts = random_prompts(LENGTHS)

@@ -8,19 +8,27 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from fake_model import FakeRunner
+from fake_model import expected_tokens as seeded_tokens
 
 from baton.clock import VirtualClock
-from baton.config import EngineConfig
-from baton.errors import InvalidRequest, WorkerLost
+from baton.config import EngineConfig, RouterConfig, TransferConfig
+from baton.errors import DeadlineExceeded, InternalError, InvalidRequest, WorkerLost
+from baton.events import EventLines
 from baton.kv.block import num_blocks_for
 from baton.messages import Role
-from baton.request import Request, RequestId, SamplingParams
+from baton.request import Request, RequestId, SamplingParams, WorkerId
+from baton.rpc import InprocRpcNetwork
+from baton.transfer.inproc import InprocNetwork, InprocTransport
+from baton_loadtest.local_fleet import LocalFleet
 from baton_loadtest.simulate import VOCAB_SIZE, FleetConfig, SimulatedFleet, expected_tokens, running_fleet
 
 ONE_PAIR = FleetConfig(num_prefill=1, num_decode=1)
 ALONE = FleetConfig(num_prefill=0, num_decode=1)
+UNCACHED = replace(ONE_PAIR, engine=replace(ONE_PAIR.engine, enable_prefix_caching=False))
 SLOW = replace(ONE_PAIR, link_bytes_per_s=2e4)  # the first token is there long before the KV
 NUM_SAMPLES = 5
+ENGINE = EngineConfig(block_size=4, max_num_seqs=8, max_num_batched_tokens=64)
 
 
 def make_request(
@@ -51,7 +59,9 @@ def in_a_fleet(config: FleetConfig, story: Callable[[SimulatedFleet], Coroutine[
     clock.run(main())
 
 
-@pytest.mark.parametrize("config", [ONE_PAIR, ALONE, SLOW], ids=["pair", "alone", "slow"])
+@pytest.mark.parametrize(
+    "config", [ONE_PAIR, ALONE, SLOW, UNCACHED], ids=["pair", "alone", "slow", "uncached"]
+)
 @pytest.mark.parametrize("num_prompt", [1, 16, 17, 100])
 @pytest.mark.parametrize("max_tokens", [1, 2, 20])
 def test_all_are_right_and_the_prompt_is_placed_computed_and_sent_once(
@@ -136,6 +146,48 @@ def test_a_client_that_leaves_ends_all_samples(config: FleetConfig, after_s: flo
         assert set(fleet.num_used_blocks().values()) <= {0}
 
     in_a_fleet(config, story)
+
+
+@pytest.mark.parametrize("timeout_s", [0.01, 0.05, 0.5])
+@pytest.mark.parametrize("config", [ONE_PAIR, ALONE, SLOW], ids=["pair", "alone", "slow"])
+def test_a_deadline_ends_all_samples(config: FleetConfig, timeout_s: float) -> None:
+    async def story(fleet: SimulatedFleet) -> None:
+        with pytest.raises(DeadlineExceeded):
+            await fleet.ask_samples(make_request(max_tokens=300), timeout_s)
+        await fleet.clock.sleep(1.0)
+        assert set(fleet.num_used_blocks().values()) <= {0}
+
+    in_a_fleet(config, story)
+
+
+@pytest.mark.parametrize("wrong", ["r", "r#1", "r#2"])
+def test_a_sample_that_fails_is_the_failure_of_the_request(wrong: str) -> None:
+    """And until then each is the answer to its own seed."""
+    clock = VirtualClock()
+
+    async def main() -> None:
+        fleet = LocalFleet(
+            clock, InprocRpcNetwork(clock), EventLines(clock), router=RouterConfig(), engine=ENGINE,
+            transfer=TransferConfig(), index_lease_s=3.0, seed=0,
+        )  # fmt: skip
+        runner = FakeRunner(64, ENGINE.block_size)
+        async with fleet.routing():
+            transport = InprocTransport(InprocNetwork(clock), clock, "kv://d")
+            worker = await fleet.start_worker(WorkerId("d"), (Role.DECODE,), runner, transport, "f")
+            await fleet.ready()
+            request = make_request(max_tokens=12, n=3, seed=9)
+            samples = await fleet.ask_samples(request)
+            assert samples == [
+                seeded_tokens(request.prompt_token_ids, 12, seed=9 + sample) for sample in range(3)
+            ]
+            runner.nan_requests.add(RequestId(wrong))
+            with pytest.raises(InternalError, match=wrong):
+                await fleet.ask_samples(request)
+            await clock.sleep(0.1)
+            fleet.check_conservation()
+            assert (worker.engine.num_sequences, worker.engine.num_used_blocks) == (0, 0)
+
+    clock.run(main())
 
 
 @pytest.mark.parametrize("config", [ONE_PAIR, ALONE], ids=["pair", "alone"])

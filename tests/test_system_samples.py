@@ -18,7 +18,7 @@ from reference import load_reference, make_model
 from router_parts import byte_tokenizer
 from stack import Stack, running_stack
 
-from baton.v1 import request_pb2, router_pb2, router_pb2_grpc
+from baton.v1 import decode_pb2, decode_pb2_grpc, request_pb2, router_pb2, router_pb2_grpc
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -178,4 +178,19 @@ async def test_a_client_that_leaves_in_the_middle_of_its_choices(http: httpx.Asy
 async def test_more_choices_than_a_worker_runs_are_refused_by_name(http: httpx.AsyncClient) -> None:
     response = await http.post("/completions", json=FIELDS | {"prompt": "a", "n": 100})
     assert response.status_code == 400
-    assert "n must be 1 to 64, the worker's max_num_seqs" in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert error["param"] == "n" and "n must be 1 to 64, the worker's max_num_seqs" in error["message"]
+
+
+async def test_a_decode_worker_alone_has_samples_too(http: httpx.AsyncClient, stack: Stack) -> None:
+    sampling = request_pb2.SamplingParams(max_tokens=6, seed=SEED, ignore_eos=True, n=2, prompt_logprobs=0)
+    request = request_pb2.Request(request_id="plain", prompt_token_ids=[257, 5, 6], sampling=sampling)
+    tokens: dict[int, list[int]] = defaultdict(list)
+    async with grpc.aio.insecure_channel(stack.addresses["decode-0"]) as channel:
+        call = decode_pb2.DecodeGenerateRequest(request=request, deadline_s=30)
+        chunks = [answer.chunk async for answer in decode_pb2_grpc.DecodeStub(channel).Generate(call)]
+    for chunk in chunks:
+        tokens[chunk.sample] += chunk.token_ids
+    assert len(chunks[0].prompt_logprobs.logprobs) == 2
+    answer = await ask(http, prompt=[257, 5, 6], max_tokens=6, n=2, return_token_ids=True)
+    assert [tokens[sample] for sample in range(2)] == [choice["token_ids"] for choice in answer["choices"]]

@@ -137,6 +137,8 @@ class Failure:
     handle: int
     code: str
     message: str
+    param: str | None = None  # the field that is wrong
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,7 @@ class Session:
         try:
             await self._worker.engine.prepare(submit.request)
         except BatonError as error:
-            self._say(Failure(submit.handle, error.code, error.message))
+            self._say(_failure(submit.handle, error))
         else:
             self._place(submit)
 
@@ -160,7 +160,7 @@ class Session:
         try:
             request_ids = begin_samples(engine, submit.request, begin)
         except BatonError as error:
-            self._say(Failure(submit.handle, error.code, error.message))
+            self._say(_failure(submit.handle, error))
             return
         job = self._jobs[request_ids[0]] = _Job(submit.handle, request_ids, len(request_ids))
         for handle, request_id in enumerate(request_ids, submit.handle):
@@ -275,8 +275,8 @@ class Session:
             self._worker.admit()
 
     def _fail(self, job: _Job, error: BatonError) -> None:
-        """Called from the request's own starting task."""
-        self._say(Failure(job.handle, error.code, error.message))
+        """Called from the request's own starting task, or when that has ended."""
+        self._say(_failure(job.handle, error))
         job.starting = None
         self._end(job)
 
@@ -320,14 +320,13 @@ class Session:
             if (row.token_ids or row.finish_reason is not None)
             and (sample := self._samples.get(row.request_id)) is not None
         ]
-        for sample, row in told:
-            if row.finish_reason is FinishReason.ERROR:
-                why = f"the engine failed on {row.request_id}: {row.error}"
-                self._say(Failure(sample.handle, InternalError.code, why))
-        going_on = [each for each in told if each[1].finish_reason is not FinishReason.ERROR]
+        failed = {sample.job: row for sample, row in told if row.finish_reason is FinishReason.ERROR}
+        for job, row in failed.items():  # one sample's failure is that of its request
+            self._fail(job, InternalError(f"the engine failed on {row.request_id}: {row.error}"))
+        going_on = [(sample, row) for sample, row in told if sample.job not in failed]
         if going_on:
             self._say(self._step(going_on))
-        for sample, row in told:
+        for sample, row in going_on:
             if row.finish_reason is not None:
                 self._forget(sample)
 
@@ -345,3 +344,7 @@ class Session:
             prompt_logprob_handles=tuple([handle for handle, _ in of_prompts]),
             prompt_logprobs=tuple([said for _, said in of_prompts]),
         )
+
+
+def _failure(handle: int, error: BatonError) -> Failure:
+    return Failure(handle, error.code, error.message, error.param, error.retry_after_s)

@@ -216,7 +216,7 @@ class Session:
         if (attempt := self._attempt_of(failure.handle)) is not None:
             for handle in attempt.handles:
                 self._attempts.pop(handle, None)
-            attempt.fail(from_code(failure.code, failure.message, None, None))
+            attempt.fail(from_code(failure.code, failure.message, failure.param, failure.retry_after_s))
 
     def _step(self, step: Step) -> None:
         reasons = dict(step.finished)

@@ -56,14 +56,18 @@ class Cancel(_message.Message):
     def __init__(self, handle: _Optional[int] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("handle", "code", "message")
+    __slots__ = ("handle", "code", "message", "param", "retry_after_s")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    PARAM_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     handle: int
     code: str
     message: str
-    def __init__(self, handle: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    param: str
+    retry_after_s: float
+    def __init__(self, handle: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., param: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("handles", "first_index", "num_tokens", "token_ids", "finished_handles", "finished_reasons", "load", "logprob_rows", "logprobs", "prompt_logprob_handles", "prompt_logprobs")
