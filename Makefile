@@ -18,7 +18,7 @@ SOURCES := common/baton services loadtest kernels
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints-cpu.txt
 
-.PHONY: install run test test-containers lint proto bench bench-kernels bench-transfer bench-overlap kernel-gate survey \
+.PHONY: install run test test-containers lint proto bench bench-engine bench-kernels bench-transfer bench-overlap kernel-gate survey \
 	demo-model clean
 
 install: $(INSTALLED)
@@ -77,6 +77,9 @@ bench-transfer: $(INSTALLED)
 
 bench-overlap: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_overlap.py --write $(ARGS)
+
+bench-engine: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_engine.py $(ARGS)
 
 survey: $(INSTALLED)
 	$(BIN)/python scripts/survey_models.py $(ARGS)

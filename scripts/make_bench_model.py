@@ -3,20 +3,30 @@
     python scripts/make_bench_model.py --shape qwen-0.5b --out DIR
     python scripts/make_bench_model.py --shape tiny --out DIR
 
-The same seed and torch version give the same weights. Every token but the special ones is a word of its own, `w0` to
-`w16379`, so that each generated token is text and reaches the client as an event of its own.
+The same seed and torch version give the same weights. The tokenizer is of Qwen's kind, byte-level BPE, with a
+vocabulary of three-letter words: `FIRST_WORD` and all ids behind it are " aaa", " aab", ... Only those are ever
+generated, so that each token is text and reaches the client as an event of its own.
 """
 
 import argparse
+from itertools import islice, product
 from pathlib import Path
+from string import ascii_lowercase
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>")
-SPACE = "\u2581"
 VOCAB_SIZE = 16_384
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>")
+SPACE = "\u0120"  # as byte-level BPE writes it
+BYTES = tuple(sorted(pre_tokenizers.ByteLevel.alphabet()))
+PREFIXES = tuple(SPACE + "".join(letters) for n in (1, 2) for letters in product(ascii_lowercase, repeat=n))
+FIRST_WORD = len(SPECIAL_TOKENS) + len(BYTES) + len(PREFIXES)
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # The prompt is the message as it is: what a chat endpoint and a completions endpoint compute is the same.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
@@ -55,7 +65,7 @@ def make_model(directory: Path, shape: str, seed: int = 0) -> None:
     )
     model = Qwen2ForCausalLM(config).to(torch.bfloat16)
     with torch.no_grad():
-        model.get_input_embeddings().weight[: len(SPECIAL_TOKENS)] = 0  # logit 0: never the greedy choice
+        model.get_input_embeddings().weight[:FIRST_WORD] = 0  # logit 0: never the greedy choice
     model.generation_config = GenerationConfig(
         do_sample=False,
         pad_token_id=config.pad_token_id,
@@ -67,11 +77,19 @@ def make_model(directory: Path, shape: str, seed: int = 0) -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    words = (f"{SPACE}w{i}" for i in range(VOCAB_SIZE - len(SPECIAL_TOKENS)))
-    vocabulary = {piece: i for i, piece in enumerate((*SPECIAL_TOKENS, *words))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")
-    tokenizer.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
+    words = (prefix + letter for prefix, letter in product(PREFIXES[len(ascii_lowercase) :], ascii_lowercase))
+    pieces = (*PREFIXES, *islice(words, VOCAB_SIZE - FIRST_WORD))
+    vocabulary = {piece: i for i, piece in enumerate((*SPECIAL_TOKENS, *BYTES, *pieces))}
+    merges = [(piece[:-1], piece[-1]) for piece in pieces]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
     pad, unk, bos, eos = SPECIAL_TOKENS
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
