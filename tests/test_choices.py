@@ -174,6 +174,23 @@ def test_each_sample_is_a_request_that_can_be_asked_for_alone() -> None:
 # --- the prompt ---
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_worker_that_says_nothing_of_the_prompt_is_an_error(stream: bool) -> None:
+    door, generator = scripted_door("x", STOP)
+    ask = generator.generate
+
+    async def forgetful(request: Request, *, timeout_s: float) -> Any:
+        async for items in ask(request, timeout_s=timeout_s):
+            yield [item._replace(prompt_logprobs=None) for item in items]
+
+    generator.generate = forgetful  # type: ignore[method-assign]
+    transport = httpx.ASGITransport(app=create_app(door, ScriptedFleet()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://router", timeout=30) as client:
+        body = CHAT | {"prompt_logprobs": 0, "stream": stream}
+        response = await client.post(PATHS["chat"], json=body)
+    assert response.status_code == 500 and response.json()["error"]["code"] == InternalError.code
+
+
 async def test_what_the_model_says_of_the_prompt_in_vllms_shape() -> None:
     expected = [
         None,

@@ -104,6 +104,35 @@ def test_every_token_of_the_vocabulary_may_be_the_most_likely_one(directory: Pat
     assert max(again.prompt_logprobs.top_token_ids) < VOCAB_SIZE
 
 
+@pytest.mark.parametrize("first_token", [None, 7])
+def test_a_prompt_whose_kv_did_not_arrive_is_scored_where_it_is_computed_in_its_place(
+    directory: Path, first_token: int | None
+) -> None:
+    """Unless the first token was told already: its prompt's log probabilities were told with it."""
+    [prompt] = random_prompts([90])
+    [log_probs] = _plain(directory, [prompt])
+    request = Request(RequestId("r"), prompt, SamplingParams(max_tokens=2, prompt_logprobs=NUM_TOP))
+    with LLM(str(directory), num_blocks=64, max_num_batched_tokens=64) as llm:
+        _ask(llm, [prompt])  # all of it is cached now
+
+        async def recompute() -> list[PromptLogprobs]:
+            llm.engine.reserve(request)
+            llm.engine.admit()
+            llm.engine.recompute(request.request_id, first_token)
+            said = []
+            while llm.engine.num_sequences:
+                said += [
+                    row.prompt_logprobs for row in (await llm.engine.step()).outputs if row.prompt_logprobs
+                ]
+            return said
+
+        said = llm._loop.run(recompute())
+        llm.engine.check_integrity()
+    assert len(said) == (first_token is None)
+    for each in said:
+        assert_is(each, log_probs, prompt, NUM_TOP)
+
+
 def test_siblings_of_a_scored_prompt_are_the_answers_to_seeds_of_their_own(directory: Path) -> None:
     prompts = random_prompts(LENGTHS)
     asked = SamplingParams(max_tokens=8, seed=5, n=3, prompt_logprobs=1, logprobs=0)

@@ -134,6 +134,23 @@ def test_a_worker_that_dies_takes_all_samples_with_it_and_nothing_else(role: Rol
     in_a_fleet(SLOW, story)
 
 
+@pytest.mark.parametrize("max_tokens", [1, 20])
+@pytest.mark.parametrize("after_s", [0.005, 0.02, 0.05])
+def test_where_the_kv_does_not_arrive_the_prompt_is_computed_again_and_all_are_right(
+    after_s: float, max_tokens: int
+) -> None:
+    async def story(fleet: SimulatedFleet) -> None:
+        request = make_request(num_prompt=280, max_tokens=max_tokens)
+        asking = asyncio.create_task(fleet.ask_samples(request))
+        await fleet.clock.sleep(after_s)
+        decode = next(w for w in fleet.workers.values() if Role.DECODE in w.record.roles)
+        fleet.kv_network.kill(decode.kv_address)
+        assert await asking == [right(SLOW, request)] * NUM_SAMPLES
+        assert sum(" kv.recomputed " in line for line in fleet.events.lines) == 1
+
+    in_a_fleet(SLOW, story)
+
+
 @pytest.mark.parametrize("after_s", [0.0, 0.005, 0.03, 0.1, 0.3, 0.6])
 @pytest.mark.parametrize("config", [ONE_PAIR, ALONE, SLOW], ids=["pair", "alone", "slow"])
 def test_a_client_that_leaves_ends_all_samples(config: FleetConfig, after_s: float) -> None:

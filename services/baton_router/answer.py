@@ -208,6 +208,8 @@ class Answer:
         if self._first_token_s is None:
             self._first_token_s = self._open.clock.now()
             self.prompt_logprobs = items[0].prompt_logprobs
+            if self.prompt_logprobs is None and self.request.sampling.prompt_logprobs is not None:
+                raise InternalError("the worker said nothing of the prompt")
         if self._single is None:
             return self._read_choices(items)
         delta = self._single.read(items)

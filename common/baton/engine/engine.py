@@ -377,6 +377,8 @@ class Engine:
             raise InvalidRequest(f"request {request_id} holds no reservation")
         if first_token is not None and not 0 <= first_token < self._runner.vocab_size:
             raise InvalidRequest(f"token {first_token} is not in the vocabulary", param="first_token")
+        if first_token is not None:
+            sequence.prompt_scores = None  # whoever drew it has told them
         return sequence
 
     def _start(self, sequence: Sequence) -> FinishReason | None:

@@ -33,7 +33,7 @@ class Intake:
             raise InvalidRequest(
                 f"request {request.request_id} is no fork of {parent.request_id}: the prompts differ"
             )
-        scores = None if remote else _prompt_scores(request)
+        scores = _prompt_scores(request)
         return Sequence(
             request,
             remote=remote,
