@@ -24,6 +24,7 @@ from baton.events import LogEvents
 from baton.garbage import tune_garbage_collector
 from baton.index.base import PrefixIndex
 from baton.index.redis import RedisIndex
+from baton.kv.staging import for_transfer
 from baton.messages import Role, WorkerRecord
 from baton.request import WorkerId
 from baton.rpc import GrpcRpc, Handlers
@@ -60,9 +61,8 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
             tls=load_tls(kv.tls_cert, kv.tls_key, kv.tls_ca),
         )
         closing.push_async_callback(transport.aclose)
-        receiver = Receiver(
-            runner.storage, loaded.compatibility.identity, clock, emit, metrics.observe_transfer
-        )
+        storage = for_transfer(runner.storage)
+        receiver = Receiver(storage, loaded.compatibility.identity, clock, emit, metrics.observe_transfer)
         kv_address = await transport.listen(receiver)
         engine = Engine(config.engine, runner, clock, loaded.fingerprint)
         index = _index(config, clock)
@@ -86,7 +86,7 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
             handlers |= decode.handlers()
         if Role.PREFILL in config.roles:
             prefill = PrefillService(
-                worker, runner.storage, transport, config.transfer, clock, emit, metrics.observe_transfer
+                worker, storage, transport, config.transfer, clock, emit, metrics.observe_transfer
             )
             closing.push_async_callback(prefill.aclose)
             handlers |= prefill.handlers()

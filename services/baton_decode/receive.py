@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from baton.clock import Clock
 from baton.errors import TransferError, TransferRefused
 from baton.events import Emit
-from baton.kv.layout import BlockStorage
+from baton.kv.layout import Storage
 from baton.messages import Holder, Purpose
 from baton.request import BlockId, Request, RequestId
 from baton.transfer import adapt
@@ -40,7 +40,7 @@ class _Expected:
 
 class Receiver:
     def __init__(
-        self, storage: BlockStorage, identity: str, clock: Clock, emit: Emit, on_transfer: OnTransfer = ignore
+        self, storage: Storage, identity: str, clock: Clock, emit: Emit, on_transfer: OnTransfer = ignore
     ) -> None:
         """`identity` names the model in digests, on both sides the same. `on_transfer` hears of every hand-over
         that got at least one piece, once it has ended."""
@@ -168,7 +168,7 @@ class Receiver:
             self.num_pieces_refused += 1
             self._emit("piece.refused", request=header.request_id, piece=header.sequence, why=refusal.message)
             raise
-        buffers = self._buffers(header, expected.hand_over.block_ids)
+        buffers = adapt.landing(self._storage, expected.hand_over.block_ids, header)
         expected.buffers[name_of(header)] = buffers
         expected.changed.set()
         return buffers
@@ -180,14 +180,9 @@ class Receiver:
         layout = self._storage.layout
         if error is None and expected.digester.digest(header, layout, buffers) != header.digest:
             self._reject(expected.hand_over, header)
-        if error is None and not adapt.fits(layout, header) and buffers:
+        if error is None and not adapt.lands_in_place(self._storage, header) and buffers:
             adapt.scatter(buffers[0], self._storage, expected.hand_over.block_ids, header)
         expected.hand_over.close(header, error, self._clock.now())
-
-    def _buffers(self, header: PieceHeader, block_ids: Sequence[BlockId]) -> list[memoryview]:
-        if adapt.fits(self._storage.layout, header):
-            return adapt.views(self._storage, block_ids, header)
-        return [memoryview(bytearray(header.num_bytes))] if header.num_bytes else []
 
     def _reject(self, hand_over: HandOver, header: PieceHeader) -> None:
         self.num_digest_mismatches += 1

@@ -13,7 +13,7 @@ from dataclasses import replace
 from baton.clock import Clock
 from baton.errors import TransferError, TransferRefused
 from baton.events import Emit
-from baton.kv.layout import BlockStorage
+from baton.kv.layout import Storage
 from baton.messages import Ticket
 from baton.request import BlockId, Request
 from baton.transfer import adapt
@@ -50,7 +50,7 @@ class Push:
         self,
         ticket: Ticket,
         request: Request,
-        storage: BlockStorage,
+        storage: Storage,
         identity: str,
         clock: Clock,
         emit: Emit,

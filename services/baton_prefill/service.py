@@ -20,7 +20,7 @@ from baton.engine.batch import LayerProgress, SequenceOutput, StepOutput
 from baton.engine.worker import Worker
 from baton.errors import BatonError, InternalError, TransferError
 from baton.events import Emit
-from baton.kv.layout import BlockStorage
+from baton.kv.layout import Storage
 from baton.messages import Holder, PrefillAnswer, PrefillCall, PrefillResult, Pushed, Ticket
 from baton.request import FinishReason, Request, RequestId
 from baton.rpc import PREFILL, Handlers
@@ -47,7 +47,7 @@ class PrefillService:
     def __init__(
         self,
         worker: Worker,
-        storage: BlockStorage,
+        storage: Storage,
         transport: Transport,
         config: TransferConfig,
         clock: Clock,

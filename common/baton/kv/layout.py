@@ -8,10 +8,12 @@ A block is one contiguous run of bytes, layer after layer, in each layer first a
 so the bytes of a group of layers lie together, and a hand-over sends each (block, layer group) as one run.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from baton.request import BlockId
 
@@ -100,3 +102,26 @@ class BlockStorage(Protocol):
     def region(self, block_id: BlockId, layer_start: int, layer_end: int) -> memoryview:
         """Writable bytes of layers [layer_start, layer_end) of one block; no copy."""
         ...
+
+
+class HostCopy(BlockStorage, Protocol):
+    """Of a few blocks of a device."""
+
+    def store(self) -> None:
+        """What was written to it goes into the pool."""
+        ...
+
+
+class DeviceStorage(ABC):
+    """Blocks of one worker that the host cannot address; see kv.staging."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> KVLayout: ...
+
+    @abstractmethod
+    def load(self, block_ids: Sequence[BlockId], layer_start: int, layer_end: int) -> HostCopy:
+        """These blocks as they are now."""
+
+
+Storage: TypeAlias = BlockStorage | DeviceStorage  # what a hand-over reads from and writes to

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from baton.kv.layout import BlockStorage, KVLayout
+from baton.kv.layout import BlockStorage, DeviceStorage, HostCopy, KVLayout, Storage
 from baton.request import BlockId
 from baton.transfer.wire import ELEMENT_BYTES, PieceHeader
 
@@ -41,9 +41,23 @@ def can_convert(source: str, target: str) -> bool:
     return source == target or "uint8" not in (source, target)
 
 
-def payload(storage: BlockStorage, block_ids: Sequence[BlockId], header: PieceHeader) -> list[memoryview]:
+def lands_in_place(storage: Storage, header: PieceHeader) -> bool:
+    """Whether the receiver of this header writes what comes straight into its pool."""
+    return not isinstance(storage, DeviceStorage) and fits(storage.layout, header)
+
+
+def landing(storage: Storage, block_ids: Sequence[BlockId], header: PieceHeader) -> list[memoryview]:
+    """Where the receiver of this header has it written: in the pool, or in memory from which it is scattered."""
+    if not isinstance(storage, DeviceStorage) and fits(storage.layout, header):
+        return views(storage, block_ids, header)
+    return [memoryview(bytearray(header.num_bytes))] if header.num_bytes else []
+
+
+def payload(storage: Storage, block_ids: Sequence[BlockId], header: PieceHeader) -> list[memoryview]:
     """What the sender of this header sends; the header has the pool's dtype and any heads of it."""
     assert header.dtype == storage.layout.dtype
+    if isinstance(storage, DeviceStorage):
+        storage = _load(storage, block_ids, header)
     return (
         views(storage, block_ids, header)
         if fits(storage.layout, header)
@@ -70,10 +84,13 @@ def views(storage: BlockStorage, block_ids: Sequence[BlockId], header: PieceHead
     return found
 
 
-def scatter(
-    payload: memoryview, storage: BlockStorage, block_ids: Sequence[BlockId], header: PieceHeader
-) -> None:
+def scatter(payload: memoryview, storage: Storage, block_ids: Sequence[BlockId], header: PieceHeader) -> None:
     """Write a payload into the pool, converted to its dtype."""
+    if isinstance(storage, DeviceStorage):
+        copy = _load(storage, block_ids, header)
+        scatter(payload, copy, block_ids, header)
+        copy.store()
+        return
     layout = storage.layout
     convert = _conversion(header.dtype, layout.dtype)
     source = np.frombuffer(payload, _NUMPY[header.dtype])
@@ -88,6 +105,13 @@ def scatter(
                 at += size
                 for offset, target in _spans(storage, block_ids, layer, k_or_v, start, end):
                     target[:, heads] = values[offset : offset + len(target)]
+
+
+def _load(storage: DeviceStorage, block_ids: Sequence[BlockId], header: PieceHeader) -> HostCopy:
+    """The blocks of this piece."""
+    size = storage.layout.block_size
+    touched = block_ids[header.token_start // size : -(-header.token_end // size)]
+    return storage.load(touched, header.layer_start, header.layer_end)
 
 
 def _gather(storage: BlockStorage, block_ids: Sequence[BlockId], header: PieceHeader) -> list[memoryview]:
