@@ -13,6 +13,7 @@ from baton.clock import SystemClock
 from baton.config import EngineConfig
 from baton.engine.batch import Batch, BatchRow, StepOutput
 from baton.engine.engine import Engine
+from baton.errors import OutOfMemory
 from baton.kv.layout import KVLayout, LayerLayout
 from baton.request import BlockId, Request, RequestId, SamplingParams
 
@@ -48,7 +49,8 @@ class FakeStorage:
 
 class FakeRunner:
     """`gate`, when set by a test, holds every step between its start and its writes; `failure` is raised by
-    the next step; `nan_requests` get no token. `ahead`: every step takes long enough for the next to be prepared."""
+    the next step, OutOfMemory by one of more than `room` tokens; `nan_requests` get no token. `ahead`: every step
+    takes long enough for the next to be prepared."""
 
     def __init__(
         self, num_blocks: int, block_size: int, max_model_len: int = 10_000, *, ahead: bool = True
@@ -60,6 +62,7 @@ class FakeRunner:
         self.gate: asyncio.Event | None = None
         self.started = asyncio.Event()
         self.failure: Exception | None = None
+        self.room = 2**31
         self.nan_requests: set[RequestId] = set()
         self.batches: list[Batch] = []
         self.num_ahead = 0  # batches that were given before the one before them had ended
@@ -79,6 +82,8 @@ class FakeRunner:
             if self.gate is not None:
                 await self.gate.wait()
             drawn, self._drawn = self._drawn, []
+            if batch.num_tokens > self.room:
+                raise OutOfMemory("too much")
             if self.failure is not None:
                 failure, self.failure = self.failure, None
                 raise failure

@@ -86,7 +86,7 @@ async def test_a_prefix_hit_changes_no_token_and_saves_work() -> None:
         "b": expected_tokens(prompt, 4),
         "c": expected_tokens([*prompt[:30], 7, 8], 4),
     }
-    assert [len(row.token_ids) for row in runner.batches[0].rows] == [2, 4]
+    assert sorted(len(row.token_ids) for row in runner.batches[0].rows) == [2, 4]
 
 
 async def test_salts_separate_tenants() -> None:

@@ -4,6 +4,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from baton.engine.preemption import Preemption
+from baton.engine.rates import StepRates
 from baton.engine.scheduler import Scheduler
 from baton.engine.sequence import Sequence, SequenceStatus
 from baton.kv.cache_manager import KVCacheManager
@@ -17,7 +19,7 @@ class Bench:
 
     def __init__(self, num_blocks: int = 32, *, max_num_seqs: int = 4, budget: int = 16) -> None:
         self.kv = KVCacheManager(num_blocks, BLOCK_SIZE, "model")
-        self.scheduler = Scheduler(self.kv, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+        self.scheduler = Scheduler(self.kv, Preemption(self.kv, StepRates()), max_num_seqs=max_num_seqs)
         self.budget = budget
         self.admitted: list[str] = []
         self.num_added = 0
@@ -33,7 +35,7 @@ class Bench:
         return sequence
 
     def step(self) -> list[tuple[str, int]]:
-        rows, admitted = self.scheduler.schedule()
+        rows, admitted = self.scheduler.schedule(self.budget)
         self.admitted += [sequence.request_id for sequence in admitted]
         assert sum(row.num_tokens for row in rows) <= self.budget
         assert len({row.sequence.request_id for row in rows}) == len(rows)

@@ -28,6 +28,7 @@ def a_power_of_two(number: int) -> bool:
 Count: TypeAlias = Annotated[int, Ge(1)]
 PowerOfTwo: TypeAlias = Annotated[int, Predicate(a_power_of_two)]
 Port: TypeAlias = Annotated[int, Interval(ge=0, le=65535)]  # 0: any free one
+Share: TypeAlias = Annotated[float, Interval(gt=0, le=1)]
 Seconds: TypeAlias = Annotated[float, Interval(gt=0, le=86400)]
 
 
@@ -44,7 +45,16 @@ class ModelConfig:
 class EngineConfig:
     block_size: PowerOfTwo = 16  # tokens per KV block
     num_blocks: Count | None = None  # KV blocks in the pool; default: what fits in kv_cache_bytes
-    kv_cache_bytes: Count = 256 * 2**20  # memory for KV blocks
+    kv_cache_bytes: Count | None = (
+        None  # memory for KV blocks; default: on a CPU 256 MiB, on a GPU by utilization
+    )
+    gpu_memory_utilization: Share = 0.9  # of a GPU's memory, for weights, KV blocks and all else
+    cpu_memory_utilization: Share | None = (
+        None  # of the memory that is free once the weights are there: KV blocks
+    )
+    swap_space_bytes: Annotated[int, Ge(0)] = (
+        0  # host memory for KV of sequences that give way; 0: computed again
+    )
     max_num_seqs: Count = 64  # sequences that run at the same time
     max_num_batched_tokens: Count = 512  # tokens of one engine step; longer prompts are computed in chunks
     max_num_waiting: Count = 512  # requests that may wait in a worker; more are refused

@@ -85,6 +85,11 @@ class InternalError(BatonError):
     pass
 
 
+class OutOfMemory(InternalError):
+    """A step did not fit into the device's memory; nothing of it counts. Ends requests only when less does not fit
+    either."""
+
+
 BY_CODE: dict[str, type[BatonError]] = {
     cls.code: cls
     for cls in (

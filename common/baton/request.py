@@ -100,6 +100,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""  # prefix blocks are shared only among equal salts
+    priority: int = 0  # lower is earlier
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -12,6 +12,7 @@ from baton.clock import Clock
 from baton.config import EngineConfig, RouterConfig, TransferConfig
 from baton.engine.batch import ModelRunner
 from baton.engine.engine import Engine
+from baton.engine.policy import policy_for
 from baton.engine.worker import Worker
 from baton.events import Emit
 from baton.index.memory import MemoryIndex
@@ -104,7 +105,7 @@ class LocalFleet:
         """Without `compatibility` workers of equal fingerprints are taken for equal."""
         compatibility = compatibility or Compatibility(weights=fingerprint)
         storage, clock, emit = runner.storage, self.clock, self._emit
-        engine = Engine(self._engine_config, runner, clock, fingerprint)
+        engine = Engine(self._engine_config, runner, clock, fingerprint, policy_for(roles))
         receiver = Receiver(storage, compatibility.identity, clock, emit, self.transfers.append)
         kv_address = await transport.listen(receiver)
         worker = Worker(

@@ -19,6 +19,7 @@ from baton.config import WorkerConfig
 from baton.engine.batch import StepOutput
 from baton.engine.engine import Engine
 from baton.engine.model_runner import LoadedModel, load_runner
+from baton.engine.policy import policy_for
 from baton.engine.worker import Worker
 from baton.events import LogEvents
 from baton.garbage import tune_garbage_collector
@@ -64,7 +65,7 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
         storage = for_transfer(runner.storage)
         receiver = Receiver(storage, loaded.compatibility.identity, clock, emit, metrics.observe_transfer)
         kv_address = await transport.listen(receiver)
-        engine = Engine(config.engine, runner, clock, loaded.fingerprint)
+        engine = Engine(config.engine, runner, clock, loaded.fingerprint, policy_for(config.roles))
         index = _index(config, clock)
         if index is not None:
             closing.push_async_callback(index.aclose)

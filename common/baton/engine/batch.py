@@ -102,6 +102,7 @@ class ModelRunner(Protocol):
         the request allows no token: that request fails, the others go on. Log probabilities go to the rows' states
         and scores. A row that waits for a token of the batch before computes anything when that failed or drew none:
         the engine takes no notice of it.
+        Raises OutOfMemory when it takes fewer tokens to fit; any other error ends all requests of the batch.
         Must not be abandoned half-way: when the awaiting task is cancelled it still waits for the device, because
         the step writes to the pool."""
         ...

@@ -21,14 +21,18 @@ from collections.abc import Callable, Iterable, Iterator
 from baton.clock import Clock
 from baton.config import EngineConfig
 from baton.engine.batch import LayerListener, LayerProgress, ModelRunner, SequenceOutput, StepOutput
+from baton.engine.budget import StepBudget
 from baton.engine.intake import Intake
+from baton.engine.policy import MIXED, AdmissionPolicy, Kind
+from baton.engine.preemption import Preemption
 from baton.engine.rates import StepRates
 from baton.engine.scheduler import Scheduler
 from baton.engine.sequence import ScheduledRow, Sequence, SequenceStatus
 from baton.engine.steps import EndedStep, Steps
-from baton.errors import BatonError, ConfigError, InvalidRequest, Overloaded
+from baton.errors import BatonError, ConfigError, InvalidRequest, OutOfMemory, Overloaded
 from baton.kv.block import BlockHash
 from baton.kv.cache_manager import KVCacheManager
+from baton.kv.offload import HostBlocks
 from baton.messages import Load
 from baton.request import FinishReason, PromptLogprobs, Request, RequestId, TokenLogprobs
 
@@ -47,7 +51,14 @@ class Engine:
     called while a step runs. `work` is set whenever a step might find something to do: await it instead of
     polling."""
 
-    def __init__(self, config: EngineConfig, runner: ModelRunner, clock: Clock, fingerprint: str) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: ModelRunner,
+        clock: Clock,
+        fingerprint: str,
+        policy: AdmissionPolicy = MIXED,
+    ) -> None:
         """`fingerprint` names model and layout: the root of the block hashes. Raises ConfigError."""
         if config.max_num_batched_tokens < config.max_num_seqs:
             raise ConfigError(
@@ -59,22 +70,22 @@ class Engine:
         self._config = config
         self._runner = runner
         self._clock = clock
+        self._policy = policy
+        self._rates = StepRates()
+        self._budget = StepBudget(config.max_num_batched_tokens)
         self._kv = KVCacheManager(
             storage.num_blocks,
             storage.layout.block_size,
             fingerprint,
             enable_prefix_caching=config.enable_prefix_caching,
+            host_blocks=self._host_blocks(),
         )
-        self._scheduler = Scheduler(
-            self._kv, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
-        )
+        self._preemption = Preemption(self._kv, self._rates)
+        self._scheduler = Scheduler(self._kv, self._preemption, max_num_seqs=config.max_num_seqs)
         self._intake = Intake(runner)
         self._steps = Steps(runner, clock)
         self._sequences: dict[RequestId, Sequence] = {}
-        self._granted: list[
-            RequestId
-        ] = []  # reservations that got their blocks; the next step's output tells
-        self._rates = StepRates()
+        self._granted: list[RequestId] = []  # reservations that got blocks; the next step's output tells
         self._layer_ends: tuple[int, ...] = ()
         self._on_layers: Callable[[LayerProgress], None] | None = None
 
@@ -163,15 +174,24 @@ class Engine:
         except asyncio.CancelledError:
             self._scheduler.ended(await self._steps.retract())
             raise
+        if isinstance(ended.error, OutOfMemory) and self._budget.did_not_fit(ended.num_tokens):
+            return await self._take_back(ended)
         outputs = tuple(self._process(ended))
         return StepOutput(outputs, self._take_granted(), ended.num_tokens, ended.seconds)
 
     def _launch(self) -> bool:
-        rows, admitted = self._scheduler.schedule(ahead=self._steps.are_under_way)
+        rows, admitted = self._scheduler.schedule(self._budget.num_tokens, ahead=self._steps.are_under_way)
         self._granted.extend(self._stamped(admitted))
         if rows:
             self._steps.launch(rows, self._layer_listener(rows))
         return bool(rows)
+
+    async def _take_back(self, step: EndedStep) -> StepOutput:
+        """It did not fit. Nor may the next one, which counts on its tokens."""
+        _log.warning("a step of %d tokens did not fit into memory: smaller ones follow", step.num_tokens)
+        self._scheduler.ended(await self._steps.retract())
+        self._scheduler.ended(row.sequence for row in step.rows)
+        return StepOutput((), self._take_granted(), 0, step.seconds)
 
     def _take_granted(self) -> tuple[RequestId, ...]:
         """Since the last step, and those that fit in now that it has given blocks back."""
@@ -188,7 +208,7 @@ class Engine:
     # --- what others want to know ---
 
     def load(self) -> Load:
-        waiting = sum(1 if s.parent else len(s.token_ids) for s in self._scheduler.waiting if not s.remote)
+        waiting = sum(_num_to_compute(s) for s in self._scheduler.waiting if not s.remote)
         running = sum(len(s.token_ids) - s.num_computed_tokens - 1 for s in self._scheduler.running)
         return Load(
             num_running=len(self._scheduler.running) + self._scheduler.num_reserved,
@@ -235,6 +255,16 @@ class Engine:
     def num_preemptions(self) -> int:
         return self._scheduler.num_preemptions
 
+    @property
+    def num_swapped(self) -> int:
+        """Of the preempted: those whose KV was kept in host memory."""
+        return self._preemption.num_swapped
+
+    @property
+    def num_retries(self) -> int:
+        """Steps that did not fit into the device's memory and were tried again with less."""
+        return self._budget.num_retries
+
     def check_integrity(self) -> None:
         """Raises AssertionError."""
         self._kv.check_integrity()
@@ -256,6 +286,7 @@ class Engine:
     ) -> None:
         if request.request_id in self._sequences:
             raise InvalidRequest(f"request {request.request_id} is here already", param="request_id")
+        self._policy.check(_kind(remote, prefill_only))
         if len(self._scheduler.waiting) >= self._config.max_num_waiting:
             raise Overloaded(
                 f"{len(self._scheduler.waiting)} requests are waiting already", retry_after_s=self._queue_s()
@@ -266,10 +297,17 @@ class Engine:
             prefill_only=prefill_only,
             parent=parent,
             arrival_s=self._clock.now(),
+            prefill_s=self._rates.prefill_s(request.num_prompt_tokens),
         )
         self._sequences[request.request_id] = sequence
         self._scheduler.add(sequence)
         self.work.set()
+
+    def _host_blocks(self) -> HostBlocks | None:
+        num_bytes = self._config.swap_space_bytes
+        if not num_bytes:
+            return None
+        return HostBlocks(self._runner.storage, num_bytes, self._clock, self._rates.note_swap)
 
     def _queue_s(self) -> float:
         load = self.load()
@@ -303,8 +341,10 @@ class Engine:
         self._scheduler.ended(row.sequence for row in step.rows)
         if step.error is not None:
             _log.error("a step of %d sequences failed", len(step.rows), exc_info=step.error)
-        num_decode = sum(row.num_tokens == 1 for row in step.rows)
-        self._rates.note(num_decode, step.num_tokens - num_decode, step.seconds)
+        else:
+            num_decode = sum(row.num_tokens == 1 for row in step.rows)
+            self._rates.note(num_decode, step.num_tokens - num_decode, step.seconds)
+            self._budget.fitted()
         drawn = iter(step.tokens)
         for row in step.rows:
             token = next(drawn) if row.sample and step.error is None else None
@@ -392,6 +432,14 @@ class Engine:
     def _drop(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
         self._scheduler.remove(sequence)
+
+
+def _num_to_compute(waiting: Sequence) -> int:
+    return 1 if waiting.parent else len(waiting.token_ids) - waiting.num_computed_tokens
+
+
+def _kind(remote: bool, prefill_only: bool) -> Kind:
+    return Kind.REMOTE if remote else Kind.PREFILL_ONLY if prefill_only else Kind.LOCAL
 
 
 def _logprobs(sequence: Sequence) -> tuple[TokenLogprobs, ...]:

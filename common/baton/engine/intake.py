@@ -4,6 +4,7 @@ from baton.engine.batch import ModelRunner
 from baton.engine.prompt_scores import PromptScores, check_prompt_scores
 from baton.engine.sampling_state import SamplingState, check_sampling, needs_state
 from baton.engine.sequence import Sequence
+from baton.engine.turn import turn_s
 from baton.errors import InvalidRequest, RequestTooLarge
 from baton.request import Request
 
@@ -21,11 +22,12 @@ class Intake:
         request: Request,
         *,
         arrival_s: float,
+        prefill_s: float,
         remote: bool = False,
         prefill_only: bool = False,
         parent: Sequence | None = None,
     ) -> Sequence:
-        """Raises InvalidRequest or RequestTooLarge."""
+        """`prefill_s`: predicted, of the whole prompt. Raises InvalidRequest or RequestTooLarge."""
         self._check_prompt(request)
         check_sampling(request.sampling, self._runner.vocab_size)
         check_prompt_scores(request.sampling, request.num_prompt_tokens)
@@ -44,6 +46,7 @@ class Intake:
             sampling_state=self._sampling_state(request),
             prompt_scores=scores,
             arrival_s=arrival_s,
+            turn_s=turn_s(request, arrival_s, prefill_s),
         )
 
     def _check_prompt(self, request: Request) -> None:

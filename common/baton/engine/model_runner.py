@@ -19,11 +19,11 @@ from baton.engine.masks import MaskMaker
 from baton.engine.sampler import sample
 from baton.engine.scoring import Scored, score
 from baton.engine.structured import Grammars
-from baton.errors import ConfigError, InternalError
-from baton.kv.layout import KVLayout
+from baton.errors import InternalError
+from baton.kv import pool_size
 from baton.kv.storage import KVStorage
 from baton.messages import Compatibility
-from baton.model import exact, identity, loader
+from baton.model import exact, identity, loader, memory
 from baton.model.attention import Chunk, StepAttention
 from baton.model.fuse import fuse
 from baton.model.layers import LayerSpec, kv_layout, paged_layers, plain_layers
@@ -109,6 +109,7 @@ class TorchModelRunner:
         await asyncio.to_thread(self._thread.shutdown)
         self._masks.close()
 
+    @memory.out_of_memory_as_baton_error()
     @torch.inference_mode()
     def _run(self, batch: Batch, on_written: Callable[[int], None] | None) -> tuple[int, ...]:
         if batch.copies:
@@ -244,7 +245,8 @@ def load_runner(
         fuse(module, native)
     layers = loader.learn_layers(module, config, max_model_len)
     layout = kv_layout(layers, engine.block_size, dtype)
-    storage = KVStorage(layout, _num_blocks(engine, layout), device, fill_nan=fill_nan)
+    num_blocks = pool_size.num_blocks(engine, layout, memory.measured(device), model.max_model_len)
+    storage = KVStorage(layout, num_blocks, device, fill_nan=fill_nan)
     vocab_size = config.get_text_config().vocab_size
     runner = TorchModelRunner(
         module,
@@ -261,13 +263,3 @@ def load_runner(
     arithmetic = exact.arithmetic() if engine.bit_exact else ""
     compatibility = identity.compatibility(directory, config, layout, VERSIONS, arithmetic)
     return LoadedModel(runner, identity.fingerprint(compatibility, layout), compatibility)
-
-
-def _num_blocks(engine: EngineConfig, layout: KVLayout) -> int:
-    num_blocks = engine.num_blocks or engine.kv_cache_bytes // layout.block_bytes
-    if num_blocks < 2:
-        raise ConfigError(
-            f"the KV pool has room for {num_blocks} of at least 2 blocks: one of {layout.block_size} tokens "
-            f"takes {layout.block_bytes} bytes"
-        )
-    return num_blocks

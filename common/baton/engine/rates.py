@@ -11,6 +11,7 @@ class StepRates:
     def __init__(self) -> None:
         self._decode_steps = self._decode_s = 0.0
         self._prefill_tokens = self._prefill_s = 0.0
+        self._swap_bytes = self._swap_s = 0.0
 
     @property
     def decode_step_s(self) -> float:
@@ -21,6 +22,19 @@ class StepRates:
     def prefill_tokens_per_s(self) -> float:
         """0 until measured."""
         return self._prefill_tokens / self._prefill_s if self._prefill_s > 0 else 0.0
+
+    def prefill_s(self, num_tokens: int) -> float:
+        """0 until measured."""
+        rate = self.prefill_tokens_per_s
+        return num_tokens / rate if rate else 0.0
+
+    def swap_s(self, num_bytes: int) -> float:
+        """0 until measured."""
+        return num_bytes * self._swap_s / self._swap_bytes if self._swap_bytes else 0.0
+
+    def note_swap(self, num_bytes: int, seconds: float) -> None:
+        self._swap_bytes = self._swap_bytes * _DECAY + num_bytes
+        self._swap_s = self._swap_s * _DECAY + seconds
 
     def note(self, num_decode_tokens: int, num_prefill_tokens: int, seconds: float) -> None:
         if num_prefill_tokens == 0:

@@ -8,25 +8,28 @@
 There is no prefill phase and no decode phase: a sequence has tokens whose KV is not computed yet, and a step
 computes some of them, one for a sequence that decodes, a chunk for a prompt.
 
-Order. Running sequences come first, those that decode before those that still compute their prompt, so a long
-prompt delays them by no more than the token budget. What is left of the budget goes to the waiting queue,
-strictly first come first served, local sequences and reservations alike: nothing overtakes a big request, so
-nothing starves. Only a fork is passed over, as long as its parent's prompt is under way.
+Order. Sequences that decode come first, all of them in every step, so a long prompt delays them by no more than the
+token budget. What is left of the budget goes to prompts, running and waiting ones alike, in the order of their turns
+(see `turn`). In the queue nothing overtakes the one whose turn it is, so a big request does not starve; only a fork is
+passed over, as long as its parent's prompt is under way.
 
 One step ahead. A step may be asked for while the one before it runs; then sequences are taken as they will be when
 that has ended. Nobody is preempted for such a step: their blocks are in use. When one would have to be, there is no
 such step, and the next is scheduled when the running one has ended.
 
 Blocks. A sequence is admitted with blocks for all its tokens and the next one, or not at all; only decoding
-asks for more. When none is left the sequence admitted last gives its blocks back and returns to the front of
-the queue; it keeps its tokens and computes them again. A prefill-only sequence is never chosen: its blocks
-may be on the wire.
+asks for more. When none is left, the running sequence with the last turn gives its blocks back and returns to the queue
+(see `preemption`). A prefill-only sequence is never chosen: its blocks may be on the wire. The sequence with the first
+turn is never chosen either as long as there is another, and it is admitted first: so there is always one that moves,
+and every one becomes the first in the end.
 """
 
-from collections import deque
+import bisect
+import heapq
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from baton.engine.preemption import Preemption
 from baton.engine.sequence import ScheduledRow, Sequence, SequenceStatus
 from baton.kv.cache_manager import KVCacheManager
 
@@ -40,14 +43,15 @@ class Scheduler:
     """Owns the queues and the status of every sequence. Not to be called while a step of its own is half
     done."""
 
-    def __init__(self, kv: KVCacheManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        self.waiting: deque[Sequence] = deque()
+    def __init__(self, kv: KVCacheManager, preemption: Preemption, *, max_num_seqs: int) -> None:
+        self.waiting: list[Sequence] = []  # in the order of their turns
         self.running: list[Sequence] = []  # in the order of admission
         self.num_reserved = 0
         self.num_preemptions = 0
         self._kv = kv
+        self._preemption = preemption
         self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._num_added = 0
         # Room for running sequences to grow into, so that an admission is not followed by a preemption at
         # once.
         self._watermark = max(1, kv.num_blocks // 100)
@@ -57,17 +61,26 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self._num_added += 1
+        sequence.number = self._num_added
+        self._wait(sequence)
 
-    def schedule(self, *, ahead: bool = False) -> Schedule:
-        """`ahead`: a step is running."""
-        budget = self._max_num_batched_tokens
+    def schedule(self, budget: int, *, ahead: bool = False) -> Schedule:
+        """At most `budget` tokens. `ahead`: a step is running."""
         rows: list[ScheduledRow] = []
-
-        # 1. Running sequences. The budget has a token for each of them, so only prompts can be cut short.
-        for sequence in sorted(self.running, key=_computes_prompt):
-            if sequence.status is not SequenceStatus.RUNNING:
-                continue  # preempted by one before it
+        admitted: list[Sequence] = []
+        decodes, prompts = self._decodes_and_prompts()
+        num_preemptions, blocked = self.num_preemptions, False
+        for sequence in (*decodes, *heapq.merge(prompts, self._in_line(), key=_turn)):
+            if sequence.status is SequenceStatus.WAITING:
+                # Nobody enters a step in which somebody had to give way.
+                blocked = blocked or self.num_preemptions > num_preemptions
+                if blocked or not (sequence.remote or budget) or not self._admit(sequence):
+                    blocked = True
+                    continue
+                admitted.append(sequence)
+                if sequence.remote:
+                    continue
             row = _row(sequence, budget)
             if not row.num_tokens:
                 continue
@@ -75,17 +88,7 @@ class Scheduler:
                 rows.append(row)
                 budget -= row.num_tokens
             elif ahead:
-                return Schedule([], [])
-
-        # 2. The waiting queue. One that had to give way above is at its head and cannot have room again already.
-        admitted: list[Sequence] = []
-        for sequence in self._in_line():
-            if not (sequence.remote or budget) or not self._admit(sequence):
-                break
-            admitted.append(sequence)
-            if not sequence.remote:
-                rows.append(row := _row(sequence, budget))
-                budget -= row.num_tokens
+                return Schedule([], admitted)
         return Schedule(rows, admitted)
 
     def admit_reservations(self) -> list[Sequence]:
@@ -129,8 +132,15 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises AssertionError."""
         assert all(s.status is SequenceStatus.WAITING and not s.block_table for s in self.waiting)
+        assert self.waiting == sorted(self.waiting, key=_turn)
         assert all(s.status is SequenceStatus.RUNNING and s.block_table for s in self.running)
         assert 0 <= self.num_reserved <= self._max_num_seqs - len(self.running)
+
+    def _decodes_and_prompts(self) -> tuple[list[Sequence], list[Sequence]]:
+        """In the order of their turns: who has to give way has no row yet, for only decodes ask for blocks."""
+        in_order = sorted(self.running, key=_turn)
+        decodes = [sequence for sequence in in_order if sequence.num_ready_tokens <= 1]
+        return decodes, [sequence for sequence in in_order if sequence.num_ready_tokens > 1]
 
     def _in_line(self) -> list[Sequence]:
         return [sequence for sequence in self.waiting if not self._waits_for_parent(sequence)]
@@ -172,12 +182,16 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         self.running.append(sequence)
 
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.WAITING
+        bisect.insort(self.waiting, sequence, key=_turn)
+
     def _make_room(self, sequence: Sequence, num_tokens: int, *, may_preempt: bool) -> bool:
         """False: there is none, or it was itself the one to give way."""
         while not self._kv.allocate(sequence, num_tokens):
             if not may_preempt:
                 return False
-            victim = next(s for s in reversed(self.running) if not s.prefill_only)
+            victim = max((s for s in self.running if not s.prefill_only), key=_turn)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -186,10 +200,9 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
         self.running.remove(sequence)
-        self._kv.free(sequence)
-        sequence.status = SequenceStatus.WAITING
-        sequence.remote = False  # its prompt is computed here now
-        self.waiting.appendleft(sequence)
+        self._preemption.give_up(sequence)
+        sequence.remote = False  # what is missing of its prompt is computed here now
+        self._wait(sequence)
 
 
 def _row(sequence: Sequence, budget: int) -> ScheduledRow:
@@ -198,5 +211,5 @@ def _row(sequence: Sequence, budget: int) -> ScheduledRow:
     return ScheduledRow(sequence, start, num_tokens, num_tokens == num_ready)
 
 
-def _computes_prompt(sequence: Sequence) -> bool:
-    return sequence.num_ready_tokens > 1
+def _turn(sequence: Sequence) -> tuple[float, int]:
+    return sequence.turn_s, sequence.number

@@ -7,13 +7,14 @@ from typing import NamedTuple
 from baton.engine.prompt_scores import PromptScores
 from baton.engine.sampling_state import SamplingState
 from baton.kv.block import BlockCopy, BlockHash, num_blocks_for
+from baton.kv.offload import HostBlockId
 from baton.request import BlockId, FinishReason, Request, RequestId
 
 
 class SequenceStatus(enum.Enum):
     """WAITING -> RUNNING -> FINISHED; a reserved one: WAITING -> RESERVED -> RUNNING -> FINISHED.
 
-    Preemption takes RUNNING back to WAITING with nothing computed.
+    Preemption takes RUNNING back to WAITING with nothing computed, or with its KV in host memory.
     """
 
     WAITING = enum.auto()
@@ -45,11 +46,16 @@ class Sequence:
     parent: "Sequence | None" = (
         None  # until admitted: the one with the same prompt whose blocks it will share
     )
+    host_blocks: list[HostBlockId] = field(
+        default_factory=list
+    )  # swapped out: where its computed tokens' KV is
     block_copy: BlockCopy | None = None  # to be made before its next tokens are computed; keeps its source
     sampling_state: SamplingState | None = None  # where its parameters need one
     prompt_scores: PromptScores | None = None  # until they are told with the first token
     finish_reason: FinishReason | None = None
     arrival_s: float = 0.0
+    turn_s: float = 0.0  # the smaller goes first; see `turn`
+    number: int = 0  # in the order of arrival, among equal turns
     admitted_s: float = 0.0
     num_steps_in_flight: int = 0  # its blocks must not go back before they have ended
     num_tokens_in_flight: int = 0

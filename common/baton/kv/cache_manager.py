@@ -7,6 +7,9 @@ to a shared one.
 A fork takes the prompt's blocks from a sibling instead, with or without a prefix cache. The block of the last prompt
 token is its own: it computes this token again, to draw its first one. What that block holds before this token is
 copied by the next step; until then the sibling's block is kept, whatever becomes of the sibling.
+
+A sequence that has to give way may be swapped out: what it has computed is kept in host memory and comes back into new
+blocks, or into those of its own that are still in the prefix cache.
 """
 
 from collections import Counter
@@ -15,21 +18,30 @@ from collections.abc import Iterator
 from baton.engine.sequence import Sequence
 from baton.kv.block import BlockCopy, BlockHash, extend_hashes, num_blocks_for, root_hash
 from baton.kv.block_pool import BlockPool
+from baton.kv.offload import HostBlocks
 from baton.request import BlockId
 
 
 class KVCacheManager:
-    """Owns the pool, and of a Sequence: block_table, block_hashes, block_copy, num_computed_tokens,
+    """Owns the pool, and of a Sequence: block_table, block_hashes, block_copy, host_blocks, num_computed_tokens,
     num_cached_tokens."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, fingerprint: str, *, enable_prefix_caching: bool = True
+        self,
+        num_blocks: int,
+        block_size: int,
+        fingerprint: str,
+        *,
+        enable_prefix_caching: bool = True,
+        host_blocks: HostBlocks | None = None,
     ) -> None:
         self.block_size = block_size
         self._fingerprint = fingerprint
         self._enable_prefix_caching = enable_prefix_caching
         self._pool = BlockPool(num_blocks)
+        self._host = host_blocks
         self._owners: dict[Sequence, None] = {}
+        self._swapped: dict[Sequence, None] = {}  # those with blocks in host memory
 
     @property
     def num_blocks(self) -> int:
@@ -78,12 +90,33 @@ class KVCacheManager:
             self._pool.touch(block_id)
         if hits:
             sequence.block_table.extend(hits)
-            sequence.num_computed_tokens = len(hits) * self.block_size
-            sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.request.num_prompt_tokens)
+            num_hit_tokens = len(hits) * self.block_size
+            sequence.num_computed_tokens = max(num_hit_tokens, sequence.num_computed_tokens)
+            sequence.num_cached_tokens = min(num_hit_tokens, sequence.request.num_prompt_tokens)
         if num_new > 0:
             sequence.block_table.extend(self._pool.allocate(num_new))
         self._owners[sequence] = None
+        if sequence.host_blocks:
+            self._swap_in(sequence, len(hits))
         return True
+
+    def can_swap_out(self, sequence: Sequence) -> bool:
+        if self._host is None or sequence.block_copy is not None:
+            return False
+        return 0 < self._num_to_swap(sequence) <= self._host.num_free
+
+    def num_swap_bytes(self, sequence: Sequence) -> int:
+        return 0 if self._host is None else self._num_to_swap(sequence) * self._host.block_bytes
+
+    def swap_out(self, sequence: Sequence) -> None:
+        """Like `free`, but what is computed stays computed: `allocate` brings it back. No step may be running that
+        writes to its blocks."""
+        assert self._host is not None and not sequence.num_steps_in_flight
+        num_computed_tokens = sequence.num_computed_tokens
+        host_blocks = self._host.store(sequence.block_table[: self._num_to_swap(sequence)])
+        self.free(sequence)
+        sequence.host_blocks, sequence.num_computed_tokens = host_blocks, num_computed_tokens
+        self._swapped[sequence] = None
 
     def can_fork(self, parent: Sequence) -> bool:
         """Its whole prompt is in its blocks."""
@@ -113,13 +146,8 @@ class KVCacheManager:
         shared."""
         self._drop_copy(sequence)
         num_full_before = sequence.num_computed_tokens // self.block_size
-        num_full = num_computed_tokens // self.block_size
         sequence.num_computed_tokens = num_computed_tokens
-        if num_full == num_full_before or not self._enable_prefix_caching:
-            return
-        self._extend_hashes(sequence, num_full)
-        for index in range(num_full_before, num_full):
-            self._pool.register(sequence.block_table[index], sequence.block_hashes[index])
+        self._share(sequence, num_full_before)
 
     def free(self, sequence: Sequence) -> None:
         """Give all blocks back; nothing is computed any more. Full ones stay cached until their memory is
@@ -131,6 +159,7 @@ class KVCacheManager:
         sequence.block_table.clear()
         sequence.num_computed_tokens = 0
         self._owners.pop(sequence, None)
+        self._free_host_blocks(sequence)
 
     def owners(self) -> Iterator[Sequence]:
         """Every sequence that holds blocks, an aborted one whose step still runs among them."""
@@ -151,9 +180,37 @@ class KVCacheManager:
         assert all(self._pool.ref_cnt(block_id) == count for block_id, count in tables.items())
         assert len(tables) == self.num_used_blocks, "a used block is in no table: leaked"
         assert self.num_used_blocks + self.num_free_blocks == self.num_blocks
+        if self._host is not None:
+            self._host.check_integrity(i for sequence in self._swapped for i in sequence.host_blocks)
         for owner in self._owners:
             assert len(set(owner.block_table)) == len(owner.block_table)
             assert owner.num_computed_tokens <= len(owner.block_table) * self.block_size
+
+    def _num_to_swap(self, sequence: Sequence) -> int:
+        return num_blocks_for(sequence.num_computed_tokens, self.block_size)
+
+    def _swap_in(self, sequence: Sequence, num_hits: int) -> None:
+        """What is not in the prefix cache any more."""
+        assert self._host is not None
+        num_stored = len(sequence.host_blocks)
+        self._host.load(sequence.host_blocks[num_hits:], sequence.block_table[num_hits:num_stored])
+        self._free_host_blocks(sequence)
+        self._share(sequence, num_hits)
+
+    def _share(self, sequence: Sequence, first: int) -> None:
+        """Its full blocks from the first-th on can be found by others."""
+        num_full = sequence.num_computed_tokens // self.block_size
+        if first >= num_full or not self._enable_prefix_caching:
+            return
+        self._extend_hashes(sequence, num_full)
+        for index in range(first, num_full):
+            self._pool.register(sequence.block_table[index], sequence.block_hashes[index])
+
+    def _free_host_blocks(self, sequence: Sequence) -> None:
+        if self._host is not None and sequence.host_blocks:
+            self._host.free(sequence.host_blocks)
+            sequence.host_blocks = []
+            del self._swapped[sequence]
 
     def _drop_copy(self, sequence: Sequence) -> None:
         """It has been made, or is not needed any more."""
