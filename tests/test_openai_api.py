@@ -148,11 +148,11 @@ async def test_every_sampling_field_reaches_the_generator() -> None:
         "min_tokens": 3,
         "allowed_token_ids": [7, 5],
     }
-    _, generator = await post(**CHAT, **fields, cache_salt="tenant", user="u")
+    _, generator = await post(**CHAT, **fields, cache_salt="tenant", user="u", priority=-3)
     [request] = generator.requests
     for name, value in fields.items():
         assert getattr(request.sampling, name) == (tuple(value) if isinstance(value, list) else value)
-    assert request.cache_salt == "tenant"
+    assert request.cache_salt == "tenant" and request.priority == -3
     assert generator.timeouts_s == [60.0]
 
 
@@ -389,6 +389,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
             ("echo", "yes"),
             ("user", 5),
             ("cache_salt", 5),
+            ("priority", 2**31),
+            ("priority", "high"),
             ("cache_salt", "s" * 257),
             ("return_token_ids", "yes"),
             ("nonsense", 1),

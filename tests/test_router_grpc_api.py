@@ -57,10 +57,12 @@ async def test_chunks_carry_tokens_and_their_text() -> None:
 async def test_token_ids_go_as_they_are() -> None:
     service, generator, _ = _service("x", LENGTH)
     await _chunks(
-        service, replace(CALL, prompt=None, prompt_token_ids=(1, 2), cache_salt="s", request_id="r")
+        service,
+        replace(CALL, prompt=None, prompt_token_ids=(1, 2), cache_salt="s", request_id="r", priority=7),
     )
     [request] = generator.requests
     assert (request.prompt_token_ids, request.cache_salt, request.request_id) == ((1, 2), "s", "r")
+    assert request.priority == 7
 
 
 async def test_a_stop_string_ends_the_stream() -> None:

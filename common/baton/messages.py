@@ -242,6 +242,7 @@ class RouterGenerateCall:
     deadline_s: float
     request_id: str = ""  # drawn by the router where empty
     cache_salt: str = ""
+    priority: int = 0  # lower is earlier
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,10 +115,15 @@ class FrontDoor:
         return asked
 
     def request(
-        self, wanted_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams, cache_salt: str
+        self,
+        wanted_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        cache_salt: str,
+        priority: int,
     ) -> Request:
         eos = self.tokenizer.eos_token_ids
-        return Request(RequestId(wanted_id), tuple(prompt_token_ids), sampling, eos, cache_salt)
+        return Request(RequestId(wanted_id), tuple(prompt_token_ids), sampling, eos, cache_salt, priority)
 
     def answer(
         self,

@@ -58,7 +58,7 @@ class RouterService:
         prompt = await self._prompt(call)
         sampling = self._sampling(call.sampling, len(prompt))
         request = self._door.request(
-            call.request_id or self._door.draw_id(), prompt, sampling, call.cache_salt
+            call.request_id or self._door.draw_id(), prompt, sampling, call.cache_salt, call.priority
         )
         timeout_s = min(call.deadline_s, self._door.request_timeout_s)
         async with self._door.answer(request, arrival_s=arrival_s, timeout_s=timeout_s) as answer:

@@ -26,7 +26,7 @@ from baton.v1 import request_pb2 as baton_dot_v1_dot_request__pb2
 from baton.v1 import worker_pb2 as baton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/router.proto\x12\x08\x62\x61ton.v1\x1a\x16\x62\x61ton/v1/request.proto\x1a\x15\x62\x61ton/v1/worker.proto\"\xdc\x01\n\x15RouterGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x06prompt\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x17\n\ndeadline_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x12\n\ncache_salt\x18\x07 \x01(\tB\t\n\x07_promptB\r\n\x0b_deadline_s\"@\n\x16RouterGenerateResponse\x12&\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x17.baton.v1.GenerateChunk\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x14\n\x12ListWorkersRequest\">\n\x13ListWorkersResponse\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.baton.v1.WorkerRecord2\xe2\x01\n\x06Router\x12O\n\x08Generate\x12\x1f.baton.v1.RouterGenerateRequest\x1a .baton.v1.RouterGenerateResponse0\x01\x12;\n\x06\x43\x61ncel\x12\x17.baton.v1.CancelRequest\x1a\x18.baton.v1.CancelResponse\x12J\n\x0bListWorkers\x12\x1c.baton.v1.ListWorkersRequest\x1a\x1d.baton.v1.ListWorkersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/router.proto\x12\x08\x62\x61ton.v1\x1a\x16\x62\x61ton/v1/request.proto\x1a\x15\x62\x61ton/v1/worker.proto\"\xee\x01\n\x15RouterGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x06prompt\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x17\n\ndeadline_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x11\x42\t\n\x07_promptB\r\n\x0b_deadline_s\"@\n\x16RouterGenerateResponse\x12&\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x17.baton.v1.GenerateChunk\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x14\n\x12ListWorkersRequest\">\n\x13ListWorkersResponse\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.baton.v1.WorkerRecord2\xe2\x01\n\x06Router\x12O\n\x08Generate\x12\x1f.baton.v1.RouterGenerateRequest\x1a .baton.v1.RouterGenerateResponse0\x01\x12;\n\x06\x43\x61ncel\x12\x17.baton.v1.CancelRequest\x1a\x18.baton.v1.CancelResponse\x12J\n\x0bListWorkers\x12\x1c.baton.v1.ListWorkersRequest\x1a\x1d.baton.v1.ListWorkersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,17 +34,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.router_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ROUTERGENERATEREQUEST']._serialized_start=83
-  _globals['_ROUTERGENERATEREQUEST']._serialized_end=303
-  _globals['_ROUTERGENERATERESPONSE']._serialized_start=305
-  _globals['_ROUTERGENERATERESPONSE']._serialized_end=369
-  _globals['_CANCELREQUEST']._serialized_start=371
-  _globals['_CANCELREQUEST']._serialized_end=406
-  _globals['_CANCELRESPONSE']._serialized_start=408
-  _globals['_CANCELRESPONSE']._serialized_end=439
-  _globals['_LISTWORKERSREQUEST']._serialized_start=441
-  _globals['_LISTWORKERSREQUEST']._serialized_end=461
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=463
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=525
-  _globals['_ROUTER']._serialized_start=528
-  _globals['_ROUTER']._serialized_end=754
+  _globals['_ROUTERGENERATEREQUEST']._serialized_end=321
+  _globals['_ROUTERGENERATERESPONSE']._serialized_start=323
+  _globals['_ROUTERGENERATERESPONSE']._serialized_end=387
+  _globals['_CANCELREQUEST']._serialized_start=389
+  _globals['_CANCELREQUEST']._serialized_end=424
+  _globals['_CANCELRESPONSE']._serialized_start=426
+  _globals['_CANCELRESPONSE']._serialized_end=457
+  _globals['_LISTWORKERSREQUEST']._serialized_start=459
+  _globals['_LISTWORKERSREQUEST']._serialized_end=479
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=481
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=543
+  _globals['_ROUTER']._serialized_start=546
+  _globals['_ROUTER']._serialized_end=772
 # @@protoc_insertion_point(module_scope)

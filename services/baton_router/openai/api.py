@@ -117,7 +117,9 @@ class Api:
             grammar=body.grammar,
         )
         door.check_sampling(sampling, num_prompt_tokens)
-        request = door.request(exchange.request_id, prompt.token_ids, sampling, body.cache_salt or "")
+        request = door.request(
+            exchange.request_id, prompt.token_ids, sampling, body.cache_salt or "", body.priority or 0
+        )
         user = body.user or body.safety_identifier
 
         def open_answer() -> Answer:

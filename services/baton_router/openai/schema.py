@@ -34,6 +34,7 @@ MAX_BIASES = 1024
 MAX_SAMPLES = 128  # and what the worker runs at the same time
 MAX_BIAS = 100
 MAX_ALLOWED_TOKEN_IDS = 65536
+MAX_PRIORITY = 2**31 - 1
 SEEDS = 2**64
 
 # What clients send by default. Any other value asks for something that Baton does not do.
@@ -42,7 +43,6 @@ NEUTRAL_IN_ALL: Neutral = {
     "include_stop_str_in_output": (None, False),
     "length_penalty": (None, 1),
     "metadata": (None, {}),
-    "priority": (None, 0),
     "skip_special_tokens": (None, True),
     "spaces_between_special_tokens": (None, True),
     "truncate_prompt_tokens": (None,),
@@ -205,6 +205,7 @@ class ApiRequest(SamplingFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None  # lower is earlier
     return_token_ids: bool | None = None
     logit_bias: Annotated[
         dict[int, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS, allow_inf_nan=False)]] | None,
