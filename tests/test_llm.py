@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,32 @@ def test_a_stop_string_ends_only_its_own_request(words: LLM) -> None:
         assert output.finish_reason is (FinishReason.STOP if found else FinishReason.LENGTH)
 
 
+def test_n_answers_to_one_prompt(words: LLM) -> None:
+    hot = SamplingParams(max_tokens=8, temperature=1.0, seed=3, ignore_eos=True)
+    one, many = words.generate(["w5 w6"] * 2, [hot, replace(hot, n=4)])
+    assert one.outputs == [one]
+    assert [len(answer.token_ids) for answer in many.outputs] == [8] * 4
+    assert many.token_ids == one.token_ids, "the first is what would have come alone"
+    assert len({tuple(answer.token_ids) for answer in many.outputs}) == 4
+    assert [answer.text.split() for answer in many.outputs] == [
+        [f"w{token}" for token in answer.token_ids] for answer in many.outputs
+    ]
+
+
+def test_no_answer_at_all_cannot_be_asked_for(words: LLM) -> None:
+    none, right = words.generate(["w5", "w6"], [replace(GREEDY, n=0), GREEDY])
+    _assert_failed(none, "n must be at least 1")
+    assert len(right.token_ids) == 12
+
+
+def test_answers_that_may_not_wait_together_come_one_after_another(words: LLM) -> None:
+    sampling = SamplingParams(max_tokens=4, temperature=1.0, n=2, seed=1)
+    prompts = [f"w{i}" for i in range(6)]
+    with LLM(str(words._directory), num_blocks=64, max_num_waiting=2, max_num_seqs=2) as llm:
+        few = [[answer.token_ids for answer in output.outputs] for output in llm.generate(prompts, sampling)]
+    assert few == [[a.token_ids for a in output.outputs] for output in words.generate(prompts, sampling)]
+
+
 # --- errors ---
 
 
@@ -175,7 +202,7 @@ def test_without_a_tokenizer_ids_work_and_text_is_refused(without_tokenizer: LLM
 # --- seeds ---
 
 
-def test_a_job_repeats_and_its_requests_differ(words: LLM, tmp_path: Path) -> None:
+def test_a_job_repeats_and_its_requests_differ(words: LLM) -> None:
     hot = SamplingParams(max_tokens=12, temperature=1.0)
     directory = str(words._directory)
     runs = []

