@@ -18,6 +18,7 @@ Progress goes to stderr; the last line of stdout is one JSON object with all sam
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -121,11 +122,11 @@ class Bench:
     def aggregated(self) -> None:
         model, peers = self._model("qwen-0.5b"), self._peers
         chunks = ("--max-num-batched-tokens", "256")
-        all_three, two = ("c1", "c8", "c32"), ("c1", "c8")
+        every, two = tuple(f"c{c}" for c in self._sizes.num_requests), ("c1", "c8")
         contestants = [
-            Contestant(results.BATON, (*all_three, "prefix"), baton(results.BATON, model, num_threads=2)),
-            self._peer(results.VLLM, all_three, lambda row: peers.vllm(row, model, "0-1")),
-            self._peer(results.VLLM_256, all_three, lambda row: peers.vllm(row, model, "0-1", *chunks)),
+            Contestant(results.BATON, (*every, "prefix"), baton(results.BATON, model, num_threads=2)),
+            self._peer(results.VLLM, every, lambda row: peers.vllm(row, model, "0-1")),
+            self._peer(results.VLLM_256, every, lambda row: peers.vllm(row, model, "0-1", *chunks)),
             self._peer(results.SERVE, two, lambda row: peers.transformers_serve(row, model, 2)),
         ]
         offline = [
@@ -166,25 +167,26 @@ class Bench:
         specs = [each.spec for each in wanted if each.spec is not None]
         with all_running(specs, self._log_dir, self.say, lambda spec, why: missed(spec.name, why)) as servers:
             for server in servers:
-                with awake(server):
+                with contextlib.suppress(Failed, RuntimeError), awake(server):  # said when it is measured
                     loads.throughput(server, USUAL, 2, 2, seed=-1)  # first touch of everything
             for number in range(self._sizes.num_rounds):
                 for server in servers:
-                    with awake(server):
-                        for phase in phases[server.spec.name]:
-                            self._measure(server, phase, seed=number)
+                    self._turn(server, phases[server.spec.name], number)
                 for each in offline:
                     if self._is_wanted(each.row):
                         self._measure_offline(each, seed=number)
 
-    def _measure(self, server: Server, phase: str, seed: int) -> None:
-        try:
-            sample = self._phases[phase](server, seed)
-        except Failed as error:
-            self.say(f"round {seed + 1}  {server.spec.name}, {phase}: {error}")
-            self.results.miss(server.spec.name, phase, str(error))
-            return
-        self._note(server.spec.name, phase, seed, sample)
+    def _turn(self, server: Server, phases: tuple[str, ...], seed: int) -> None:
+        """What fails is said and left out; the others go on."""
+        for phase in phases:
+            try:
+                with awake(server):
+                    sample = self._phases[phase](server, seed)
+            except (Failed, RuntimeError) as error:
+                self.say(f"round {seed + 1}  {server.spec.name}, {phase}: {error}")
+                self.results.miss(server.spec.name, phase, str(error))
+            else:
+                self._note(server.spec.name, phase, seed, sample)
 
     def _measure_offline(self, each: Offline, seed: int) -> None:
         argv = [sys.executable, str(PARTS / each.argv[0]), *each.argv[1:], "--seed", str(seed)]

@@ -208,7 +208,10 @@ async def _keep_decoding(
     target: Target, requests: Iterator[PlannedRequest], patience: _Patience, records: list[RequestRecord]
 ) -> None:
     while not patience.ended:
-        records.append(await target.send(next(requests), patience.now()))
+        record = await target.send(next(requests), patience.now())
+        if not patience.ended:
+            _check([record])
+        records.append(record)
 
 
 def _gaps(records: list[RequestRecord], window: tuple[float, float]) -> Iterator[float]:

@@ -95,7 +95,12 @@ class Server:
 
     def cpu_s(self) -> float:
         """Of all its processes since they started."""
-        return sum(times.user + times.system for times in (p.cpu_times() for p in self._tree()))
+        seconds = 0.0
+        for process in self._tree():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                seconds += times.user + times.system
+        return seconds
 
     def memory_bytes(self) -> int:
         """Proportional set size: what is shared counts once."""
