@@ -60,6 +60,7 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
             port=kv.port,
             advertise_host=_advertise_host(kv.host, kv.advertise_host),
             tls=load_tls(kv.tls_cert, kv.tls_key, kv.tls_ca),
+            piece_timeout_s=1.5 * kv.push_timeout_s,  # longer than a healthy sender waits
         )
         closing.push_async_callback(transport.aclose)
         storage = for_transfer(runner.storage)

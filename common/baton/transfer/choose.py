@@ -10,7 +10,7 @@ from pathlib import Path
 from baton.clock import Clock
 from baton.errors import ConfigError
 from baton.telemetry import event
-from baton.transfer.base import Transport
+from baton.transfer.base import PIECE_TIMEOUT_S, Transport
 from baton.transfer.best_of import BestOf
 from baton.transfer.shm import ShmTransport
 from baton.transfer.tcp import TcpTransport
@@ -40,18 +40,24 @@ def make_transport(
     port: int = 0,
     advertise_host: str | None = None,
     tls: Tls | None = None,
+    piece_timeout_s: float = PIECE_TIMEOUT_S,
 ) -> Transport:
     """`auto` is shared memory, UCX where it has a network that is faster than TCP, and TCP. `host` is not of interest
     to shared memory; `port`, `advertise_host` and `tls` are TCP's alone. With `tls` nothing leaves the host in the
     clear, so there is no UCX. Raises ConfigError."""
     makers: dict[str, Callable[[], list[Transport]]] = {
-        "shm": lambda: [ShmTransport(clock)],
-        "ucx": lambda: [UcxTransport(clock, host)],
-        "tcp": lambda: [TcpTransport(clock, host, port, advertise_host=advertise_host, tls=tls)],
+        "shm": lambda: [ShmTransport(clock, piece_timeout_s=piece_timeout_s)],
+        "ucx": lambda: [UcxTransport(clock, host, piece_timeout_s=piece_timeout_s)],
+        "tcp": lambda: [
+            TcpTransport(
+                clock, host, port, advertise_host=advertise_host, tls=tls, piece_timeout_s=piece_timeout_s
+            )
+        ],
     }
     if name == "auto":
         shm = makers["shm"]() if _has_shm() else []
-        return BestOf(clock, [*shm, *_fast_ucx(clock, host, tls), *makers["tcp"]()])
+        ucx = makers["ucx"] if tls is None else _cannot_encrypt
+        return BestOf(clock, [*shm, *_fast_ucx(ucx), *makers["tcp"]()])
     if name not in makers:
         raise ConfigError(f"transfer.transport {name!r} is not known: choose auto, shm, ucx or tcp")
     if name == "shm" and not _has_shm():
@@ -65,18 +71,20 @@ def _has_shm() -> bool:
     return sys.platform == "linux"
 
 
-def _fast_ucx(clock: Clock, host: str, tls: Tls | None) -> list[Transport]:
+def _cannot_encrypt() -> list[Transport]:
+    raise ConfigError("UCX cannot encrypt, and transfer.tls_* is set")
+
+
+def _fast_ucx(make: Callable[[], list[Transport]]) -> list[Transport]:
     """None where UCX has nothing but TCP, because ours is faster. Who has an RDMA device expects it to be used."""
     if not _RDMA_DEVICES.is_dir() or not any(_RDMA_DEVICES.iterdir()):
         return []
+    why = _NO_RDMA_IN_UCX
     try:
-        if tls is not None:
-            raise ConfigError("UCX cannot encrypt, and transfer.tls_* is set")
-        ucx = UcxTransport(clock, host)
-        if not ucx.has_fast_network:
-            raise ConfigError(_NO_RDMA_IN_UCX)
+        found = make()
+        if all(isinstance(ucx, UcxTransport) and ucx.has_fast_network for ucx in found):
+            return found
     except ConfigError as error:
         why = error.message
-        event(log, "this host has RDMA, but KV goes over TCP", level=logging.WARNING, why=why)
-        return []
-    return [ucx]
+    event(log, "this host has RDMA, but KV goes over TCP", level=logging.WARNING, why=why)
+    return []
