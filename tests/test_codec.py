@@ -66,7 +66,10 @@ def _values_of(hint: Any, descriptor: Any) -> st.SearchStrategy[Any]:
     if issubclass(hint, enum.Enum):
         return st.sampled_from(list(hint))
     if hint is int:
-        return st.integers(0, 2**32 - 1 if descriptor.type == descriptor.TYPE_UINT32 else 2**64 - 1)
+        bits, lowest = 32 if descriptor.cpp_type in (1, 3) else 64, 0
+        if descriptor.type == descriptor.TYPE_SINT32:
+            bits, lowest = 31, -(2**31)
+        return st.integers(lowest, 2**bits - 1)
     if hint is float:
         return st.floats(allow_nan=False, allow_infinity=False)
     return {str: st.text(), bool: st.booleans(), bytes: st.binary()}[hint]

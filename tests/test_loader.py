@@ -50,7 +50,7 @@ def _edit_weights(directory: Path, edit: Callable[[dict[str, torch.Tensor]], obj
 
 
 def _load(directory: Path, **model: Any) -> object:
-    return load_runner(ModelConfig(str(directory), **model), EngineConfig(num_blocks=4))
+    return load_runner(ModelConfig(str(directory), **model), EngineConfig(num_blocks=8))
 
 
 def _refused(directory: Path, **model: Any) -> str:

@@ -26,6 +26,7 @@ def a_power_of_two(number: int) -> bool:
 
 
 Count: TypeAlias = Annotated[int, Ge(1)]
+AtLeastZero: TypeAlias = Annotated[int, Ge(0)]
 PowerOfTwo: TypeAlias = Annotated[int, Predicate(a_power_of_two)]
 Port: TypeAlias = Annotated[int, Interval(ge=0, le=65535)]  # 0: any free one
 Share: TypeAlias = Annotated[float, Interval(gt=0, le=1)]
@@ -45,16 +46,10 @@ class ModelConfig:
 class EngineConfig:
     block_size: PowerOfTwo = 16  # tokens per KV block
     num_blocks: Count | None = None  # KV blocks in the pool; default: what fits in kv_cache_bytes
-    kv_cache_bytes: Count | None = (
-        None  # memory for KV blocks; default: on a CPU 256 MiB, on a GPU by utilization
-    )
+    kv_cache_bytes: Count | None = None  # memory for KV blocks; default: 256 MiB, on a GPU by utilization
     gpu_memory_utilization: Share = 0.9  # of a GPU's memory, for weights, KV blocks and all else
-    cpu_memory_utilization: Share | None = (
-        None  # of the memory that is free once the weights are there: KV blocks
-    )
-    swap_space_bytes: Annotated[int, Ge(0)] = (
-        0  # host memory for KV of sequences that give way; 0: computed again
-    )
+    cpu_memory_utilization: Share | None = None  # of the memory free beside the weights, for KV blocks
+    swap_space_bytes: AtLeastZero = 0  # host memory for KV of sequences that give way; 0: computed again
     max_num_seqs: Count = 64  # sequences that run at the same time
     max_num_batched_tokens: Count = 512  # tokens of one engine step; longer prompts are computed in chunks
     max_num_waiting: Count = 512  # requests that may wait in a worker; more are refused
