@@ -1,6 +1,8 @@
 """Incremental text equals the full decode, and stop strings end it where they should."""
 
+import json
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -28,7 +30,7 @@ WORDS = (
 )
 CORPUS = [" ".join(random.Random(i).choices(WORDS, k=30)) for i in range(60)]
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
-NUM_SEQUENCES = 2000
+NUM_SEQUENCES = 10_000
 
 
 def _add_special(tokenizer: Tokenizer) -> Tokenizer:
@@ -69,6 +71,22 @@ def gemma() -> Tokenizer:
     )
 
 
+def unigram() -> Tokenizer:
+    """As T5 or XLNet have it, trained, and with byte tokens."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    scores = json.loads(tokenizer.to_str())["model"]["vocab"]
+    scores[1:1] = [[token, -20.0] for token in BYTE_TOKENS]
+    tokenizer.model = models.Unigram([tuple(each) for each in scores], 0, byte_fallback=True)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return _add_special(tokenizer)
+
+
 def metaspace() -> Tokenizer:
     return _sentence_piece(decoders.Metaspace(replacement="▁", prepend_scheme="always"))
 
@@ -97,6 +115,7 @@ TOKENIZERS: dict[str, tuple[Callable[[], Tokenizer], str]] = {
     "byte_level": (byte_level, "bytes"),
     "llama_2": (llama_2, "pieces"),
     "gemma": (gemma, "pieces"),
+    "unigram": (unigram, "pieces"),
     "metaspace": (metaspace, "pieces"),
     "word_piece": (word_piece, "pieces"),
     "word_level": (word_level, "pieces"),
@@ -128,19 +147,18 @@ def test_parts_add_up_to_the_full_decode(name: str) -> None:
     texts = TokenText(tokenizer)
     assert texts.kind == kind
     rng = random.Random(name)
-    num_broken = 0
-    for _ in range(NUM_SEQUENCES):
-        ids = _random_ids(rng, tokenizer)
+    sequences = [_random_ids(rng, tokenizer) for _ in range(NUM_SEQUENCES)]
+    expected = tokenizer.decode_batch(sequences, skip_special_tokens=True)
+    for ids, text in zip(sequences, expected, strict=True):
         detokenizer = texts.detokenizer()
-        text = "".join([detokenizer.push(part) for part in _random_cuts(rng, ids)]) + detokenizer.finish()
-        expected = tokenizer.decode(ids, skip_special_tokens=True)
-        assert text == expected, ids
-        num_broken += REPLACEMENT in expected
-    if name in ("byte_level", "llama_2", "gemma"):
+        parts = [detokenizer.push(part) for part in _random_cuts(rng, ids)]
+        assert "".join(parts) + detokenizer.finish() == text, ids
+    num_broken = sum(REPLACEMENT in text for text in expected)
+    if name in ("byte_level", "llama_2", "gemma", "unigram"):
         assert num_broken > NUM_SEQUENCES / 10, "broken UTF-8 was not among the sequences"
 
 
-@pytest.mark.parametrize("name", ["byte_level", "llama_2"])
+@pytest.mark.parametrize("name", ["byte_level", "llama_2", "unigram"])
 def test_a_character_is_never_split(name: str) -> None:
     tokenizer = TOKENIZERS[name][0]()
     ids = tokenizer.encode("Łódź 🦜ß").ids
@@ -203,6 +221,45 @@ def test_stop_strings_do_not_depend_on_how_the_text_is_cut() -> None:
         assert not any(s in "".join(in_parts) for s in stop)
         num_matched += matched
     assert NUM_SEQUENCES / 10 < num_matched < NUM_SEQUENCES
+
+
+@pytest.mark.parametrize("name", ["byte_level", "llama_2", "unigram"])
+def test_streams_end_where_the_whole_text_would(name: str) -> None:
+    """Stop strings and stop tokens against the full decode, wherever borders of tokens and messages fall."""
+    tokenizer = TOKENIZERS[name][0]()
+    texts, rng = TokenText(tokenizer), random.Random(name)
+    reasons: Counter[FinishReason | None] = Counter()
+    sentences = [" ".join(rng.choices(WORDS, k=rng.randrange(1, 9))) for _ in range(NUM_SEQUENCES // 4)]
+    for ids in (encoding.ids for encoding in tokenizer.encode_batch(sentences)):
+        text = tokenizer.decode(ids)
+        assert REPLACEMENT not in text
+        start = rng.randrange(len(text))
+        stop = [
+            rng.choice([text[start : start + rng.randrange(1, 6)], "river\N{BELL}"]),
+            rng.choice(["xyz", "東京\N{BELL}", ", "]),
+        ]
+        stop_id = rng.choice([None, None, rng.choice(ids)])
+        ends = stop_id in ids
+        visible = tokenizer.decode(ids[: ids.index(stop_id)] if ends else ids)
+        expected = min(
+            [(visible.find(s) + len(s), visible.find(s)) for s in stop if s in visible],
+            default=(0, len(visible)),
+        )[1]
+        stream = texts.stream(stop, frozenset([stop_id]) if ends else frozenset())
+        said, reason = "", None
+        for part in _random_cuts(rng, ids[: ids.index(stop_id) + 1] if ends else ids):
+            is_last = ends and part[-1] == stop_id
+            piece, _, reason = stream.push(part, FinishReason.STOP if is_last else None)
+            assert REPLACEMENT not in piece, "a character was split"
+            said += piece
+            if reason is not None:
+                break
+        if reason is None:
+            piece, _, reason = stream.push((), FinishReason.LENGTH)
+            said += piece
+        assert said == visible[:expected], (ids, stop, stop_id)
+        reasons[reason] += 1
+    assert all(reasons[each] > NUM_SEQUENCES / 100 for each in (FinishReason.STOP, FinishReason.LENGTH))
 
 
 def _letters(

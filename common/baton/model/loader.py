@@ -18,7 +18,7 @@ from baton.kv.storage import DTYPES
 from baton.model import attention, layers
 from baton.model.mla import keep_latents
 from baton.model.support import installed_survey, installed_version
-from baton.model_files import weight_files
+from baton.model_files import read_json, weight_files
 
 _log = logging.getLogger(__name__)
 
@@ -49,13 +49,16 @@ def load_config(directory: Path, *, surveyed: bool = True) -> Any:
     other guards hold in any case. Raises ConfigError."""
     from transformers import AutoConfig
 
+    path = directory / "config.json"
+    model_type = read_json(path).get("model_type")
+    if surveyed and isinstance(model_type, str) and (reason := _why_not(model_type)):
+        raise _refusal(model_type, reason)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{directory / 'config.json'}: {_first_line(error)}") from None
-    reason = (_why_not(config.model_type) if surveyed else None) or _unsupported(config)
-    if reason:
-        raise _refusal(config, reason)
+    except Exception as error:  # transformers' configs check themselves and raise whatever they like
+        raise ConfigError(f"{path}: {_first_line(error)}") from None
+    if reason := _unsupported(config):
+        raise _refusal(config.model_type, reason)
     return config
 
 
@@ -116,14 +119,14 @@ def load_model(directory: Path, config: Any, dtype: str, device: torch.device) -
     except KeyError as error:
         if error.args != (attention.NAME,):
             raise ConfigError(f"the weights in {directory} cannot be loaded: {error!r}") from error
-        raise _refusal(config, "its attention cannot be replaced") from error
+        raise _refusal(config.model_type, "its attention cannot be replaced") from error
     except (
         Exception
     ) as error:  # safetensors, torch and transformers raise whatever they like for a broken file
         raise ConfigError(f"the weights in {directory} cannot be loaded: {_first_line(error)}") from error
     model: nn.Module = loaded[0]
     if getattr(model, "_is_stateful", False):
-        raise _refusal(config, STATEFUL)
+        raise _refusal(config.model_type, STATEFUL)
     _check_weights(directory, loaded[1])
     model = model.to(device).eval().requires_grad_(False)
     keep_latents(model)
@@ -136,7 +139,7 @@ def learn_layers(model: nn.Module, config: Any, max_model_len: int) -> tuple[lay
     try:
         return layers.learn_layers(model, config.get_text_config(decoder=True), max_model_len)
     except ConfigError as error:
-        raise _refusal(config, error.message) from error
+        raise _refusal(config.model_type, error.message) from error
 
 
 @contextmanager
@@ -164,8 +167,8 @@ def _why_not(model_type: str) -> str | None:
     return survey.why_not(model_type)
 
 
-def _refusal(config: Any, reason: str) -> ConfigError:
-    return ConfigError(f"model type {config.model_type!r} is not supported: {reason}")
+def _refusal(model_type: str, reason: str) -> ConfigError:
+    return ConfigError(f"model type {model_type!r} is not supported: {reason}")
 
 
 def _unsupported(config: Any) -> str | None:
