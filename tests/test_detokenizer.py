@@ -250,7 +250,7 @@ def test_streams_end_where_the_whole_text_would(name: str) -> None:
         for part in _random_cuts(rng, ids[: ids.index(stop_id) + 1] if ends else ids):
             is_last = ends and part[-1] == stop_id
             piece, _, reason = stream.push(part, FinishReason.STOP if is_last else None)
-            assert REPLACEMENT not in piece, "a character was split"
+            assert REPLACEMENT not in piece or REPLACEMENT in visible, "a character was split"
             said += piece
             if reason is not None:
                 break
