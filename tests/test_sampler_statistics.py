@@ -1,15 +1,17 @@
 """Draws follow the distribution that the parameters define, with the power of the tests stated and tried.
 
 A case draws NUM_DRAWS tokens, one per position, and compares their counts with exact probabilities, made in float64
-by the plainest sort, by a G test whose threshold a right sampler exceeds once in 10^5 runs (FALSE_ALARM). A sampler whose
-distribution is off by a total variation distance of DETECTED or more, which is the largest error in the probability
-of any set of tokens, exceeds it in 99.9 % of all runs (MISSED). `test_the_power` computes that, and draws from such a
-distribution.
+by the plainest sort, by a G test whose threshold a right sampler exceeds once in 10^5 runs (FALSE_ALARM).
+
+Power: a sampler whose distribution is off by a total variation distance of DETECTED or more, which is the largest
+error in the probability of any set of tokens, exceeds it in 99.9 % of all runs (MISSED). `test_the_power` computes
+that, and draws from such a distribution.
 """
 
 import math
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -50,6 +52,15 @@ CASES = {
         BASE, bad_words=(TokenSequence((21, 7)),), min_p=0.05, frequency_penalty=0.5, temperature=1.4
     ),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Two threads that wait for each other take many times as long on a machine that does something else, too."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def _logits(vocab_size: int, seed: int = 0, scale: float = 1.5) -> Tensor:
