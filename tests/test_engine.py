@@ -49,6 +49,46 @@ async def _hand_over(engine: Engine, runner: FakeRunner, request: Request) -> Fi
     return engine.activate(request.request_id, expected_tokens(prompt, 1)[0])
 
 
+@pytest.mark.parametrize("with_first_token", [False, True])
+async def test_a_prompt_whose_kv_never_came_is_computed_in_its_reserved_blocks(
+    with_first_token: bool,
+) -> None:
+    engine, runner = make_engine(num_blocks=40, block_size=4, max_num_batched_tokens=16)
+    prompt = list(range(50))
+    await _begin_cached(engine, prompt[:20])
+    engine.reserve(make_request("a", prompt, 8))
+    engine.admit()
+    sequence = engine.sequence(A)
+    assert sequence is not None
+    reserved = list(sequence.block_table)
+    half = prompt[20:30]
+    runner.storage.write(
+        sequence.block_table, 20, [token + 1 for token in half]
+    )  # wrong: nobody may believe it
+    first = expected_tokens(prompt, 1)[0] if with_first_token else None
+    assert engine.recompute(A, first) is None
+    collected = await run_until_idle(engine)
+    assert collected.tokens["a"] == expected_tokens(prompt, 8)[int(with_first_token) :]
+    assert sequence.block_table[: len(reserved)] in (reserved, [])
+    _assert_idle(engine)
+
+
+async def test_a_recomputed_prompt_may_end_with_the_token_that_is_known() -> None:
+    engine, _ = make_engine(num_blocks=20)
+    engine.reserve(make_request("a", range(5), 1))
+    engine.admit()
+    assert engine.recompute(A, 3) is FinishReason.LENGTH
+    _assert_idle(engine)
+    with pytest.raises(InvalidRequest, match="holds no reservation"):
+        engine.recompute(A, None)
+
+
+async def _begin_cached(engine: Engine, prompt: list[int]) -> None:
+    """Blocks of this prompt are in the prefix cache from here on."""
+    engine.add(make_request("before", prompt, 1))
+    await run_until_idle(engine)
+
+
 async def test_tokens_are_those_of_each_request_alone() -> None:
     rng = random.Random(0)
     engine, _ = make_engine(num_blocks=200, max_num_batched_tokens=32)

@@ -168,7 +168,7 @@ async def test_one_corrupted_block_makes_the_answer_wrong(tokenizer: Tokenizer) 
         decode.receiver.go_live = accept_corrupted  # type: ignore[method-assign]
         num_wrong = 0
         for seed in range(12):
-            request, expected = question(tokenizer, seed, num_pairs=8)  # the block holds several of the pairs
+            request, expected = question(tokenizer, seed, num_pairs=10)  # both blocks are full of pairs
             num_wrong += answer(tokenizer, await fleet.ask(request)) != expected
         assert num_wrong >= 2
 

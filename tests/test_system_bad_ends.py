@@ -90,16 +90,21 @@ async def test_decode_worker_killed_mid_stream(stack: Stack) -> None:
     await stack.until_nothing_is_used("prefill-0", "decode-0")
 
 
-async def test_prefill_worker_killed_in_prefill(stack: Stack) -> None:
+def is_whole(events: list[dict[str, Any]]) -> bool:
+    """The answer went on to its end."""
+    reasons = [choice["finish_reason"] for event in events for choice in event.get("choices", ())]
+    return "length" in reasons and not any("error" in event for event in events)
+
+
+async def test_prefill_worker_killed_in_prefill_and_the_decode_worker_computes_the_prompt(
+    stack: Stack,
+) -> None:
     await stack.signal("prefill-0", signal.SIGSTOP)  # it accepts the call and never computes
     client = asyncio.create_task(collect(stack, 2000, 10, asyncio.Event()))
     await until(lambda: _num_used(stack, "decode-0"), True, "blocks reserved on decode-0")
-    killed_s = time.monotonic()
     await stack.kill("prefill-0")
-    events, heard_s = await client
-    assert heard_s - killed_s < CLEAR_S
-    assert events[-1]["error"]["code"] == "worker_lost"
-    assert "prefill" in events[-1]["error"]["message"]
+    events, _ = await client
+    assert is_whole(events)
     await stack.until_nothing_is_used("decode-0")
     await stack.start("prefill-0")
     await stack.until_ready(2)
@@ -122,7 +127,10 @@ async def test_a_worker_killed_while_kv_is_on_the_wire(transport: str, victim: s
         await stack.kill(victim)
         outcomes = await asyncio.gather(*clients)
         errors = [events[-1]["error"] for events, _ in outcomes if "error" in events[-1]]
-        assert errors, "it was killed too late to matter"
+        if victim == "prefill-0":  # what it did not send is computed by the decode worker
+            assert all(is_whole(events) for events, _ in outcomes)
+        else:
+            assert errors, "it was killed too late to matter"
         assert {error["code"] for error in errors} <= {"worker_lost", "unavailable", "transfer_failed"}
         assert all(heard_s - killed_s < CLEAR_S for events, heard_s in outcomes if "error" in events[-1])
         await stack.until_nothing_is_used(survivor)
