@@ -6,10 +6,10 @@
                      row = mix(sum_j a_j * w_j  +  t * A + p * B + h * C)
 2  token digest  The sum of its rows' digests. It is the same for any block size, and the sum over layer groups and
                  ranks of their own token digests: nothing depends on the order or on how the KV is cut.
-3  block digest  Of UNIT tokens, whatever the pools' own blocks are: the sum of its token digests, bound to the
-                 model's identity, the prefix hash of the tokens up to its end, the layers, heads and dtype, and the
-                 epoch. The wire version is part of the header.
-4  piece digest  XXH3-128 over the header and the block digests. This one travels.
+3  block digest  Of UNIT tokens, whatever the pools' own blocks are: the sum of its token digests next to the prefix
+                 hash, which is the sum of mix(t * A + token) over all tokens of the prompt up to its end.
+4  piece digest  XXH3-128 over the model's identity, the header (wire version, epoch, layers, heads, dtype and all else
+                 it says) and the block digests. This one travels.
 
 mix is a bijection, and so is the product of a word with an odd number: a change within one word of a row always
 changes the token digest. Others go unnoticed with a chance of about 2^-33 if they stay in one row, 2^-64 else. It
@@ -21,11 +21,12 @@ Sums take one multiplication per word, cost little beside computing the KV (benc
 add theirs in any order.
 """
 
-import struct
+import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,29 +62,27 @@ class Digester:
 
     def __init__(self, identity: str, prompt_token_ids: Sequence[int]) -> None:
         self._identity = identity.encode()
-        self._tokens = array("I", prompt_token_ids).tobytes()
-        self._prefixes: list[bytes] = [b""]  # hashes of the first n * UNIT tokens
+        tokens = np.frombuffer(array("I", prompt_token_ids), np.uint32).astype(np.uint64)
+        tokens += np.arange(len(tokens), dtype=np.uint64) * np.uint64(_TOKEN)
+        self._prefixes = np.cumsum(_mix(tokens), dtype=np.uint64)  # [i]: of the first i + 1 tokens
 
     def digest(self, header: PieceHeader, layout: KVLayout, payload: Iterable[memoryview]) -> bytes:
         """16 bytes; `header.digest` itself does not count. `layout` says what the layers look like, not the blocks."""
-        sums = token_digests(header, layout, payload)
-        state = xxhash.xxh3_128(replace(header, digest=b"").encode())
-        box = struct.pack("<IBHHHH", header.epoch, ELEMENT_BYTES[header.dtype], *header.box[2:])
-        for start, end, total in _units(header, sums):
-            name = self._identity + self._prefix(end) + box + struct.pack("<IIQ", start, end, total)
-            state.update(xxhash.xxh3_64_digest(name))
+        state = xxhash.xxh3_128(self._identity)
+        state.update(replace(header, digest=b"").encode())
+        if header.num_tokens:
+            state.update(self._blocks(header, token_digests(header, layout, payload)))
         return state.digest()
 
-    def _prefix(self, end: int) -> bytes:
-        """A hash of the first `end` tokens."""
-        num_units, num_rest = divmod(end, UNIT)
-        while len(self._prefixes) <= num_units:
-            at = (len(self._prefixes) - 1) * UNIT * 4
-            tokens = self._tokens[at : at + UNIT * 4]
-            self._prefixes.append(xxhash.xxh3_64_digest(self._prefixes[-1] + tokens))
-        if not num_rest:
-            return self._prefixes[num_units]
-        return xxhash.xxh3_64_digest(self._prefixes[num_units] + self._tokens[num_units * UNIT * 4 : end * 4])
+    def _blocks(self, header: PieceHeader, sums: Words) -> bytes:
+        """The digests of every block of UNIT tokens that the piece has a part of."""
+        first = (header.token_start // UNIT + 1) * UNIT
+        starts = np.array([header.token_start, *range(first, header.token_end, UNIT)])
+        ends = np.append(starts[1:], header.token_end)
+        blocks = np.empty((2, len(starts)), np.uint64)
+        blocks[0] = np.add.reduceat(sums, starts - header.token_start)
+        blocks[1] = self._prefixes[ends - 1]
+        return blocks.tobytes()
 
 
 def token_digests(header: PieceHeader, layout: KVLayout, payload: Iterable[memoryview]) -> Words:
@@ -97,16 +96,6 @@ def token_digests(header: PieceHeader, layout: KVLayout, payload: Iterable[memor
         for plane in planes:
             target += _plane_sums(plane, chunk, num_tokens, first)
     return sums
-
-
-def _units(header: PieceHeader, sums: Words) -> Iterator[tuple[int, int, int]]:
-    """(start, end, sum of the token digests) of every block of UNIT tokens that the piece has a part of."""
-    if not header.num_tokens:
-        return
-    cuts = range((header.token_start // UNIT + 1) * UNIT, header.token_end, UNIT)
-    starts = [header.token_start, *cuts]
-    totals = np.add.reduceat(sums, [start - header.token_start for start in starts])
-    yield from zip(starts, [*cuts, header.token_end], totals.tolist(), strict=True)
 
 
 # --- rows ---
@@ -150,39 +139,31 @@ def _chunks(
     header: PieceHeader, payload: Iterable[memoryview], token_bytes: int
 ) -> Iterator[tuple[int, int, Words]]:
     """Runs of equal length that follow one another: (first token, tokens per run, [runs, bytes])."""
-    runs = header.runs()
-    arrays = _cut(payload, [(end - start) * token_bytes for start, end in runs])
-    batch: list[Words] = []
-    first = 0
-    for index, ((start, end), run) in enumerate(zip(runs, arrays, strict=True)):
-        if not batch:
-            first = start
-        batch.append(run)
-        following = runs[index + 1] if index + 1 < len(runs) else (0, 0)
-        full = len(batch) * len(run) >= _CHUNK_BYTES
-        if full or following[1] - following[0] != end - start:
-            yield first, end - start, np.stack(batch) if len(batch) > 1 else batch[0][None]
-            batch = []
+    cut = _Cut(payload)
+    for num_tokens, same in groupby(header.runs(), key=lambda run: run[1] - run[0]):
+        runs = list(same)
+        per_chunk = max(1, _CHUNK_BYTES // max(1, num_tokens * token_bytes))
+        for at in range(0, len(runs), per_chunk):
+            part = runs[at : at + per_chunk]
+            chunk = cut.take(len(part) * num_tokens * token_bytes)
+            yield part[0][0], num_tokens, chunk.reshape(len(part), -1)
 
 
-def _cut(payload: Iterable[memoryview], sizes: Sequence[int]) -> Iterator[Words]:
-    """The payload in parts of these sizes; copied only where a part spans several buffers."""
-    buffers = iter(payload)
-    left = memoryview(b"")
-    for size in sizes:
-        if not left and size:
-            left = next(buffers).cast("B")
-        if len(left) >= size:
-            part, left = left[:size], left[size:]
-            yield np.frombuffer(part, np.uint8)
-            continue
-        joined = bytearray(left)
-        while len(joined) < size:
-            left = next(buffers).cast("B")
-            num_bytes = size - len(joined)
-            joined += left[:num_bytes]
-            left = left[num_bytes:]
-        yield np.frombuffer(joined, np.uint8)
+class _Cut:
+    """The payload, in parts that are copied only where they span several buffers."""
+
+    def __init__(self, payload: Iterable[memoryview]) -> None:
+        self._buffers = iter(payload)
+        self._left = memoryview(b"")  # of the buffer that was begun
+
+    def take(self, num_bytes: int) -> Words:
+        parts: list[memoryview] = []
+        while num_bytes:
+            buffer = self._left or next(self._buffers).cast("B")
+            part, self._left = buffer[:num_bytes], buffer[num_bytes:]
+            parts.append(part)
+            num_bytes -= len(part)
+        return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), np.uint8)
 
 
 def _plane_sums(planes: _Planes, runs: Words, num_tokens: int, first_token: int) -> Words:
@@ -190,14 +171,15 @@ def _plane_sums(planes: _Planes, runs: Words, num_tokens: int, first_token: int)
     num_rows = planes.num_planes * num_tokens * planes.num_heads
     at = planes.offset * num_tokens
     words = runs[:, at : at + num_rows * planes.row_bytes].view(_word_type(planes.row_bytes))
-    rows = words.reshape(len(runs), planes.num_planes, num_tokens, planes.num_heads, -1)
-    digests = np.einsum("rpthw,w->rpth", rows.astype(np.uint64), _word_keys(rows.shape[-1]))
+    shape = (len(runs), planes.num_planes, num_tokens, planes.num_heads)
+    rows = words.astype(np.uint64).reshape(math.prod(shape), -1)
+    digests = np.einsum("rw,w->r", rows, _word_keys(rows.shape[1])).reshape(shape)
     digests += _row_keys(planes, num_tokens)
     if len(runs) > 1 or first_token:
         starts = first_token + num_tokens * np.arange(len(runs), dtype=np.uint64)
         digests += (starts * np.uint64(_TOKEN)).reshape(-1, 1, 1, 1)
     _mix(digests)
-    sums: Words = digests.sum(axis=(1, 3), dtype=np.uint64)
+    sums: Words = np.add.reduce(digests, axis=1) @ np.ones(planes.num_heads, np.uint64)
     return sums
 
 
