@@ -84,11 +84,9 @@ def caches(block_size: int, heads: int, dk: int, dv: int, dtype: torch.dtype) ->
 ATTENTION = (  # block_size, heads, kv_heads, dk, dv, dtype, options
     (16, 32, 8, 128, 128, torch.bfloat16, {}),
     (64, 32, 8, 128, 128, torch.bfloat16, {}),
-    (128, 32, 8, 64, 64, torch.bfloat16, {}),
-    (64, 28, 4, 128, 128, torch.bfloat16, {"window": 4096}),
+    (128, 64, 8, 64, 64, torch.bfloat16, {"sinks": empty(64)}),
     (64, 16, 8, 256, 256, torch.bfloat16, {"window": 4096, "softcap": 50.0}),
-    (64, 64, 8, 64, 64, torch.bfloat16, {"sinks": empty(64)}),
-    (64, 40, 8, 128, 128, torch.bfloat16, {"window": 8192, "chunked": True}),
+    (64, 28, 4, 128, 128, torch.bfloat16, {"window": 8192, "chunked": True}),
     (64, 32, 32, 80, 80, torch.bfloat16, {}),
     (64, 16, 16, 192, 128, torch.bfloat16, {}),
     (16, 32, 8, 128, 128, torch.float32, {}),
