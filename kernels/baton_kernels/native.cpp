@@ -262,7 +262,8 @@ struct Scratch {
     Word *memory, *next;
 };
 
-// Pointers to the rows of positions [first, first + 64) of one head; null from `end` on.
+// Pointers to the rows of positions [first, first + 64) of one head; null from `end` on. What they point to is on its
+// way into the cache afterwards: the rows of a head are too short and too far apart for the CPU to see it coming.
 template <bool BF16>
 void find_rows(const Attention& a, const Cache& cache, const int32_t* table, int64_t head, int64_t first, int64_t end,
                const Word** rows) {
@@ -276,6 +277,8 @@ void find_rows(const Attention& a, const Cache& cache, const int32_t* table, int
         const int64_t index = table[p >> a.block_shift] * cache.block_stride +
                               (p & last_in_block) * cache.position_stride + head * cache.head_stride;
         rows[i] = (const Word*)(cache.base + (BF16 ? 2 : 4) * index);
+        for (int64_t byte = 0; byte < (BF16 ? 2 : 4) * cache.dim; byte += 64)
+            _mm_prefetch((const char*)rows[i] + byte, _MM_HINT_T1);
     }
 }
 
@@ -348,16 +351,19 @@ void attend(const Attention& a, const Scratch<BF16>& s, int64_t seq, int64_t kv_
         s.total[r] = a.sinks ? 1.0f : 0.0f;
     }
     std::memset(s.sums, 0, rows * v_stride * sizeof(float));
-    const Word* at[PANEL];
-    for (int64_t tile = first_seen(own) / PANEL * PANEL; tile < end; tile += PANEL) {
-        find_rows<BF16>(a, a.key, table, kv_head, tile, end, at);
-        pack_panel(at, s.k_words, s.keys);
-        find_rows<BF16>(a, a.value, table, kv_head, tile, end, at);
-        pack_values<BF16>(at, a.value.dim, s.values);
+    const Word *keys[2][PANEL], *values[2][PANEL];  // of this tile and the next
+    const int64_t first_tile = first_seen(own) / PANEL * PANEL;
+    find_rows<BF16>(a, a.key, table, kv_head, first_tile, end, keys[0]);
+    find_rows<BF16>(a, a.value, table, kv_head, first_tile, end, values[0]);
+    for (int64_t tile = first_tile, turn = 0; tile < end; tile += PANEL, turn ^= 1) {
+        pack_panel(keys[turn], s.k_words, s.keys);
+        find_rows<BF16>(a, a.key, table, kv_head, tile + PANEL, end, keys[turn ^ 1]);
         // Tokens before the tile see nothing of it.
         const int64_t skipped = tile > own ? (tile - own) * group : 0;
         multiply<BF16>(s.query + skipped * s.k_words, s.k_words, (int)(rows - skipped), s.keys, s.k_words,
                        s.scores + skipped * PANEL, PANEL, false);
+        pack_values<BF16>(values[turn], a.value.dim, s.values);
+        find_rows<BF16>(a, a.value, table, kv_head, tile + PANEL, end, values[turn ^ 1]);
         for (int64_t r = skipped; r < rows; r++) {
             const int64_t p = own + r / group, low = first_seen(p) - tile, high = p + 1 - tile;
             Word* weights = s.weights + r * w_words;
