@@ -28,8 +28,8 @@ def ops() -> Native:
 class MLP(nn.Module):
     def __init__(self, act_fn: nn.Module) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(32, 64, bias=False), nn.Linear(32, 64, bias=False)
-        self.down_proj = nn.Linear(64, 32)
+        self.gate_proj, self.up_proj = nn.Linear(32, 68, bias=False), nn.Linear(32, 68, bias=False)
+        self.down_proj = nn.Linear(68, 32)
         self.act_fn = act_fn
 
     def forward(self, x: Tensor) -> Tensor:

@@ -143,7 +143,8 @@ class Native:
         return self._run_linear(x, weight, bias, weight.out_features, gated=False)
 
     def gated_linear(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        """silu(x @ g^T) * (x @ u^T), where `weight` has 32 rows of g and of u in turns: [..., K] -> [..., N / 2]."""
+        """silu(x @ g^T) * (x @ u^T): [..., K] -> [..., N / 2]. `weight` has 32 rows of g and 32 of u in turns, the last
+        ones padded, and its out_features are those of both without the padding."""
         return self._run_linear(x, weight, None, weight.out_features // 2, gated=True)
 
     def _run_linear(

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from baton.model.mla import latent_of
 from baton.model.packed import (
-    NativeLinear,
     NativePacker,
     PackedEmbedding,
     Packer,
@@ -86,7 +85,7 @@ def _linear(packer: Packer, module: nn.Module, uses: Counter[int]) -> nn.Module 
     """Not where its weight has another user: there would be two copies."""
     if not isinstance(module, nn.Linear) or not _is_linear(module) or uses[id(module.weight)] > 1:
         return None
-    packed = packer.pack(module.weight, module.bias)
+    packed = packer.pack(module.weight, module.bias) if packer.takes(module.weight) else None
     return packed if packed is not None and agrees(packed, module.weight, module.bias) else None
 
 
@@ -124,15 +123,26 @@ def _gated(packer: NativePacker, module: nn.Module) -> nn.Module | None:
     if not all(map(_is_linear, (gate, up, down))):
         return None
     assert isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
-    if gate.bias is not None or up.bias is not None or gate.out_features % _TURN or not _is_silu(act, gate):
+    if (
+        gate.bias is not None
+        or up.bias is not None
+        or gate.weight.shape != up.weight.shape
+        or not _is_silu(act, gate)
+    ):
         return None
+    if not all(packer.takes(linear.weight) for linear in (gate, down)):
+        return None
+    new = _GatedMLP(packer.native, _in_turns(packer, gate, up), packer.pack(down.weight, down.bias))
     x = sample_input(gate.in_features, gate.weight.dtype)
-    packed_down = packer.pack(down.weight, down.bias)
-    turns = torch.stack((gate.weight.unflatten(0, (-1, _TURN)), up.weight.unflatten(0, (-1, _TURN))), 1)
-    if packed_down is None or gate.in_features * gate.weight.element_size() % 4:
-        return None
-    new = _GatedMLP(packer.native, packer.arrange(turns.flatten(0, 2)), packed_down)
     return new if close(new(x), module(x)) else None
+
+
+def _in_turns(packer: NativePacker, gate: nn.Linear, up: nn.Linear) -> PackedWeight:
+    size = gate.out_features
+    weights = torch.stack((gate.weight, up.weight))  # [2, N, K]
+    padded = F.pad(weights, (0, 0, 0, -size % _TURN)).view(2, -1, _TURN, gate.in_features)
+    turns = padded.transpose(0, 1).flatten(0, 2)
+    return packer.arrange(turns)._replace(out_features=2 * size)
 
 
 def _is_silu(activation: nn.Module, gate: nn.Linear) -> bool:
@@ -174,13 +184,10 @@ def _pack_tied(packer: NativePacker, model: nn.Module) -> int:
     embeddings = {id(module.weight): module for module in model.modules() if type(module) is nn.Embedding}
     for head in linears:
         embedding = embeddings.get(id(head.weight))
-        packed = None if embedding is None else packer.pack(head.weight, head.bias)
-        if (
-            embedding is None
-            or not isinstance(packed, NativeLinear)
-            or not agrees(packed, head.weight, head.bias)
-        ):
+        if embedding is None or not packer.takes(head.weight):
             continue
-        successors: dict[nn.Module, nn.Module] = {head: packed, embedding: PackedEmbedding(packed.packed)}
-        return _swap(model, successors.get)
+        packed = packer.pack(head.weight, head.bias)
+        if agrees(packed, head.weight, head.bias):
+            successors: dict[nn.Module, nn.Module] = {head: packed, embedding: PackedEmbedding(packed.packed)}
+            return _swap(model, successors.get)
     return 0

@@ -22,8 +22,10 @@ _MKLDNN_ROWS = 32  # the batch that oneDNN arranges for; others run nearly as fa
 class Packer(Protocol):
     name: str
 
-    def pack(self, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
-        """A module that computes F.linear(x, weight, bias); None where it cannot."""
+    def takes(self, weight: Tensor) -> bool: ...
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A module that computes F.linear(x, weight, bias), for a weight that it takes."""
         ...
 
 
@@ -52,9 +54,12 @@ class NativePacker:
         self.native = native
         self._arena = Arena()
 
-    def pack(self, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
-        if weight.shape[1] * weight.element_size() % 4:
-            return None
+    @staticmethod
+    def takes(weight: Tensor) -> bool:
+        """Rows of whole 32-bit words."""
+        return weight.shape[1] * weight.element_size() % 4 == 0
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> NativeLinear:
         return NativeLinear(self.native, self.arrange(weight), bias)
 
     def arrange(self, weight: Tensor) -> PackedWeight:
@@ -83,7 +88,11 @@ class MkldnnPacker:
 
     name = "oneDNN"
 
-    def pack(self, weight: Tensor, bias: Tensor | None) -> nn.Module | None:
+    @staticmethod
+    def takes(weight: Tensor) -> bool:
+        return True
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> MkldnnLinear:
         return MkldnnLinear(weight, bias)
 
 
@@ -166,7 +175,7 @@ def merge(packer: Packer, linears: Sequence[nn.Linear]) -> list[nn.Module] | Non
     """Instead of `linears`, which have the same input and all or none a bias; None where they cannot be merged."""
     weight = torch.cat([linear.weight for linear in linears])
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-    packed = packer.pack(weight, bias)
+    packed = packer.pack(weight, bias) if packer.takes(weight) else None
     if packed is None or not agrees(packed, weight, bias):
         return None
     merged = _Merged(packed, [linear.out_features for linear in linears])
