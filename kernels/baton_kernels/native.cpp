@@ -1,8 +1,8 @@
 // The CPU's ops over packed weights and the paged cache, for x86-64 with AVX-512. `native.py` builds and calls them.
 //
 // Everything is one micro-kernel: up to ROWS rows of A, read as they lie, times a panel of 64 columns of B, which
-// was packed before. Data are 32-bit words: one float, or two neighbouring bfloat16, whose products are added
-// in one instruction.
+// was packed before. Data are 32-bit words: one float, or two neighbouring bfloat16 or four int8, whose products
+// are added in one instruction.
 //
 //     C[r][0..63] += sum over w of A[r][w] * B[w][0..63]        A [rows, words], B [words, 64]
 //
@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -29,46 +30,64 @@ using Word = uint32_t;
 
 inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
 
-template <bool BF16>
-inline __m512 multiply_add(__m512 sum, __m512i b, Word a) {
+enum Kind { F32, BF16S, INT8S };  // INT8S: a is unsigned, b is signed, and the sums are int32
+
+template <Kind KIND>
+using Sum = std::conditional_t<KIND == INT8S, __m512i, __m512>;
+
+template <Kind KIND>
+inline Sum<KIND> multiply_add(Sum<KIND> sum, __m512i b, Word a) {
     const __m512i spread = _mm512_set1_epi32((int)a);
-    if constexpr (BF16) return _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)spread);
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(b), _mm512_castsi512_ps(spread), sum);
+    if constexpr (KIND == INT8S)
+        return _mm512_dpbusd_epi32(sum, spread, b);
+    else if constexpr (KIND == BF16S)
+        return _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)spread);
+    else
+        return _mm512_fmadd_ps(_mm512_castsi512_ps(b), _mm512_castsi512_ps(spread), sum);
 }
 
-template <bool BF16, int R>
+// Without the pragmas gcc unrolls too late and keeps the sums of integers in memory.
+template <Kind KIND, int R>
 void micro(const Word* a, int64_t a_stride, const Word* b, int64_t words, float* c, int64_t c_stride, bool add) {
-    __m512 sum[R][4];
+    Sum<KIND> sum[R][4];
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++)
-        for (int i = 0; i < 4; i++) sum[r][i] = add ? load(c + r * c_stride + 16 * i) : _mm512_setzero_ps();
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            sum[r][i] = add ? *(const Sum<KIND>*)(c + r * c_stride + 16 * i) : Sum<KIND>{};
     for (int64_t w = 0; w < words; w++, b += PANEL) {
         __m512i column[4];
+#pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             column[i] = _mm512_loadu_si512(b + 16 * i);
             _mm_prefetch((const char*)(b + 16 * PANEL + 16 * i), _MM_HINT_T0);
         }
+#pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
             const Word x = a[r * a_stride + w];
-            for (int i = 0; i < 4; i++) sum[r][i] = multiply_add<BF16>(sum[r][i], column[i], x);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) sum[r][i] = multiply_add<KIND>(sum[r][i], column[i], x);
         }
     }
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++)
-        for (int i = 0; i < 4; i++) _mm512_storeu_ps(c + r * c_stride + 16 * i, sum[r][i]);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) *(Sum<KIND>*)(c + r * c_stride + 16 * i) = sum[r][i];
 }
 
 // Any number of rows, in parts of nearly equal size.
-template <bool BF16>
+template <Kind KIND>
 void multiply(const Word* a, int64_t a_stride, int rows, const Word* b, int64_t words, float* c, int64_t c_stride,
               bool add) {
     for (int parts = (rows + ROWS - 1) / ROWS; parts > 0; parts--) {
         const int r = (rows + parts - 1) / parts;
         switch (r) {
-            case 1: micro<BF16, 1>(a, a_stride, b, words, c, c_stride, add); break;
-            case 2: micro<BF16, 2>(a, a_stride, b, words, c, c_stride, add); break;
-            case 3: micro<BF16, 3>(a, a_stride, b, words, c, c_stride, add); break;
-            case 4: micro<BF16, 4>(a, a_stride, b, words, c, c_stride, add); break;
-            case 5: micro<BF16, 5>(a, a_stride, b, words, c, c_stride, add); break;
-            default: micro<BF16, 6>(a, a_stride, b, words, c, c_stride, add);
+            case 1: micro<KIND, 1>(a, a_stride, b, words, c, c_stride, add); break;
+            case 2: micro<KIND, 2>(a, a_stride, b, words, c, c_stride, add); break;
+            case 3: micro<KIND, 3>(a, a_stride, b, words, c, c_stride, add); break;
+            case 4: micro<KIND, 4>(a, a_stride, b, words, c, c_stride, add); break;
+            case 5: micro<KIND, 5>(a, a_stride, b, words, c, c_stride, add); break;
+            default: micro<KIND, 6>(a, a_stride, b, words, c, c_stride, add);
         }
         a += r * a_stride;
         c += r * c_stride;
@@ -155,28 +174,78 @@ inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : coun
 
 constexpr int BATCH_ROWS = 96;  // that run through a panel before the next one
 
+struct Linear {
+    const char* x;
+    int64_t x_stride, rows;
+    const Word* packed;  // [panels, words, 64]
+    const char* bias;    // or null
+    int64_t words, columns, gated;
+    char* out;
+    int64_t out_stride;
+    // Of int8 weights, by column, or null: what they are to be multiplied by, and 128 times their sum.
+    const float* scales;
+    const int32_t* offsets;
+};
+
+// Each row of x as numbers from 1 to 255, 128 being 0, and what they are to be multiplied by.
 template <bool BF16>
-void linear(const char* x, int64_t x_stride, int64_t rows, const Word* packed, const char* bias, int64_t words,
-            int64_t columns, bool gated, char* out, int64_t out_stride) {
-    const int64_t panels = (columns + PANEL - 1) / PANEL, batches = (rows + BATCH_ROWS - 1) / BATCH_ROWS;
+void quantise(const Linear& a, uint8_t* to, float* scales) {
+    const int64_t size = 4 * a.words;
+#pragma omp parallel for schedule(static) if (a.rows * size > 65536)
+    for (int64_t r = 0; r < a.rows; r++) {
+        const char* from = a.x + r * a.x_stride * (BF16 ? 2 : 4);
+        __m512 most = _mm512_setzero_ps();
+        for (int64_t i = 0; i < size; i += 16)
+            most = _mm512_max_ps(most, _mm512_abs_ps(load_as_float<BF16>(from, i, first_lanes(size - i))));
+        scales[r] = _mm512_reduce_max_ps(most) / 127.0f;
+        const __m512 factor = _mm512_set1_ps(scales[r] > 0 ? 1.0f / scales[r] : 0.0f);
+        for (int64_t i = 0; i < size; i += 16) {
+            const __mmask16 valid = first_lanes(size - i);
+            const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load_as_float<BF16>(from, i, valid), factor));
+            const __m512i shifted = _mm512_add_epi32(q, _mm512_set1_epi32(128));
+            _mm_mask_storeu_epi8(to + r * size + i, valid, _mm512_cvtepi32_epi8(shifted));
+        }
+    }
+}
+
+template <bool BF16, bool INT8>
+void linear(const Linear& a) {
     constexpr int64_t size = BF16 ? 2 : 4;
-#pragma omp parallel for collapse(2) schedule(static)
+    constexpr Kind KIND = INT8 ? INT8S : BF16 ? BF16S : F32;
+    std::vector<uint8_t> quantised(INT8 ? 4 * a.words * a.rows : 0);
+    std::vector<float> scales(INT8 ? a.rows : 0);
+    if (INT8) quantise<BF16>(a, quantised.data(), scales.data());
+    const Word* x = INT8 ? (const Word*)quantised.data() : (const Word*)a.x;
+    const int64_t x_stride = INT8 ? a.words : a.x_stride * size / 4;
+    const int64_t panels = (a.columns + PANEL - 1) / PANEL, batches = (a.rows + BATCH_ROWS - 1) / BATCH_ROWS;
+    // Dynamic: when something else runs on one core, the others go on.
+#pragma omp parallel for collapse(2) schedule(dynamic)
     for (int64_t panel = 0; panel < panels; panel++) {
         for (int64_t batch = 0; batch < batches; batch++) {
             alignas(64) float c[BATCH_ROWS * PANEL];
             const int64_t first = batch * BATCH_ROWS;
-            const int count = (int)(rows - first < BATCH_ROWS ? rows - first : BATCH_ROWS);
-            multiply<BF16>((const Word*)(x + first * x_stride * size), x_stride * size / 4, count,
-                           packed + panel * words * PANEL, words, c, PANEL, false);
+            const int count = (int)std::min<int64_t>(a.rows - first, BATCH_ROWS);
+            multiply<KIND>(x + first * x_stride, x_stride, count, a.packed + panel * a.words * PANEL, a.words, c, PANEL,
+                           false);
             for (int r = 0; r < count; r++) {
-                char* to = out + (first + r) * out_stride * size;
-                for (int i = 0; i < (gated ? 2 : 4); i++) {
-                    const int64_t column = gated ? panel * PANEL / 2 + 16 * i : panel * PANEL + 16 * i;
-                    const __mmask16 valid = first_lanes((gated ? columns / 2 : columns) - column);
-                    __m512 sum = load(c + r * PANEL + 16 * i);
-                    if (gated) sum = _mm512_mul_ps(silu(sum), load(c + r * PANEL + PANEL / 2 + 16 * i));
-                    if (bias) sum = _mm512_add_ps(sum, load_as_float<BF16>(bias, column, valid));
-                    store_float<BF16>(to, column, sum, valid);
+                __m512 sum[4];
+                for (int i = 0; i < 4; i++) {
+                    sum[i] = load(c + r * PANEL + 16 * i);
+                    if constexpr (INT8) {
+                        const int64_t column = panel * PANEL + 16 * i;
+                        const __m512i offset = _mm512_loadu_si512(a.offsets + column);
+                        const __m512i exact = _mm512_sub_epi32(_mm512_castps_si512(sum[i]), offset);
+                        const __m512 scale = _mm512_mul_ps(load(a.scales + column), _mm512_set1_ps(scales[first + r]));
+                        sum[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), scale);
+                    }
+                }
+                if (a.gated)
+                    for (int i = 0; i < 2; i++) sum[i] = _mm512_mul_ps(silu(sum[i]), sum[i + 2]);
+                for (int i = 0; i < (a.gated ? 2 : 4); i++) {
+                    const int64_t column = panel * (a.gated ? PANEL / 2 : PANEL) + 16 * i;
+                    const __mmask16 valid = first_lanes((a.gated ? a.columns / 2 : a.columns) - column);
+                    if (a.bias) sum[i] = _mm512_add_ps(sum[i], load_as_float<BF16>(a.bias, column, valid));
+                    store_float<BF16>(a.out + (first + r) * a.out_stride * size, column, sum[i], valid);
                 }
             }
         }
@@ -339,6 +408,7 @@ void attend(const Attention& a, const Scratch<BF16>& s, int64_t seq, int64_t kv_
     const int64_t own = a.lens[seq] - (a.starts[seq + 1] - a.starts[seq]) + first;  // position of the first token
     const int64_t end = own + count, v_stride = s.v_panels * PANEL, w_words = BF16 ? PANEL / 2 : PANEL;
     const int32_t* table = a.tables + seq * a.table_stride;
+    constexpr Kind KIND = BF16 ? BF16S : F32;
     auto first_seen = [&](int64_t p) -> int64_t {
         if (!a.window) return 0;
         return a.chunked ? p / a.window * a.window : p - a.window + 1 > 0 ? p - a.window + 1 : 0;
@@ -360,7 +430,7 @@ void attend(const Attention& a, const Scratch<BF16>& s, int64_t seq, int64_t kv_
         find_rows<BF16>(a, a.key, table, kv_head, tile + PANEL, end, keys[turn ^ 1]);
         // Tokens before the tile see nothing of it.
         const int64_t skipped = tile > own ? (tile - own) * group : 0;
-        multiply<BF16>(s.query + skipped * s.k_words, s.k_words, (int)(rows - skipped), s.keys, s.k_words,
+        multiply<KIND>(s.query + skipped * s.k_words, s.k_words, (int)(rows - skipped), s.keys, s.k_words,
                        s.scores + skipped * PANEL, PANEL, false);
         pack_values<BF16>(values[turn], a.value.dim, s.values);
         find_rows<BF16>(a, a.value, table, kv_head, tile + PANEL, end, values[turn ^ 1]);
@@ -379,7 +449,7 @@ void attend(const Attention& a, const Scratch<BF16>& s, int64_t seq, int64_t kv_
                 }
         }
         for (int64_t panel = 0; panel < s.v_panels; panel++)
-            multiply<BF16>(s.weights + skipped * w_words, w_words, (int)(rows - skipped),
+            multiply<KIND>(s.weights + skipped * w_words, w_words, (int)(rows - skipped),
                            s.values + panel * w_words * PANEL, w_words,
                            s.sums + skipped * v_stride + panel * PANEL, v_stride, true);
     }
@@ -426,11 +496,12 @@ void paged_attention(const Attention& a) {
 
 extern "C" {
 
-// Bit 0: float32 runs here, bit 1: bfloat16.
+// Bit 0: float32 runs here, bit 1: bfloat16, bit 2: int8 weights.
 int baton_supported() {
     const bool base = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return (base ? 1 : 0) | (base && __builtin_cpu_supports("avx512bf16") ? 2 : 0);
+    return (base ? 1 : 0) | (base && __builtin_cpu_supports("avx512bf16") ? 2 : 0) |
+           (base && __builtin_cpu_supports("avx512vnni") ? 4 : 0);
 }
 
 // weight [rows, words] -> [ceil(rows / 64), words, 64]
@@ -444,9 +515,11 @@ void baton_pack(const Word* weight, int64_t rows, int64_t words, Word* to) {
     }
 }
 
-void baton_linear(int bf16, const char* x, int64_t x_stride, int64_t rows, const Word* packed, const char* bias,
-                  int64_t words, int64_t columns, int gated, char* out, int64_t out_stride) {
-    (bf16 ? linear<true> : linear<false>)(x, x_stride, rows, packed, bias, words, columns, gated, out, out_stride);
+void baton_linear(int bf16, const Linear* a) {
+    if (a->scales)
+        (bf16 ? linear<true, true> : linear<false, true>)(*a);
+    else
+        (bf16 ? linear<true, false> : linear<false, false>)(*a);
 }
 
 void baton_rms_norm(int bf16, const char* x, int64_t x_stride, int64_t rows, int64_t dim, const char* weight, float eps,

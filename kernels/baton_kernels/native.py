@@ -21,17 +21,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from baton_kernels.naive import Window
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 # No -march=native: the file may be compiled on one machine and run on another. No fast-math: NaN has to stay NaN.
 _FLAGS = (
-    *("-O3", "-std=c++17", "-march=x86-64-v4", "-mavx512bf16", "-ffp-contract=off", "-fno-exceptions"),
+    *("-O3", "-std=c++17", "-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-ffp-contract=off", "-fno-exceptions"),
     *("-fopenmp", "-shared", "-fPIC"),
 )
 _COMPILERS = ("c++", "g++", "clang++")
-_BITS = {torch.float32: 1, torch.bfloat16: 2}
+_BITS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
 
 _PANEL = 64  # columns that are packed together
 
@@ -48,10 +49,14 @@ class PackedWeight(NamedTuple):
     data: Tensor  # int32 [panels, words, 64]: column n of the result is at [n // 64, :, n % 64]
     out_features: int
     dtype: torch.dtype
+    # Of int8 weights, [64 panels], by column: what they are to be multiplied by, and 128 times their sum.
+    scales: Tensor | None = None  # float32
+    offsets: Tensor | None = None  # int32
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the weight: ids [...] -> [..., in_features]."""
-        return self.data[ids // _PANEL, :, ids % _PANEL].view(self.dtype)
+        """Rows of the weight: ids [...] -> [..., in_features]; of int8 weights in float32."""
+        rows = self.data[ids // _PANEL, :, ids % _PANEL].view(self.dtype)
+        return rows if self.scales is None else rows * self.scales[ids][..., None]
 
 
 class Steps(NamedTuple):
@@ -61,6 +66,23 @@ class Steps(NamedTuple):
     tables: Tensor  # [B, N] int32
     starts: Tensor  # [B + 1] int32
     lens: Tensor  # [B] int32
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("x", _pointer),
+        ("x_stride", _index),
+        ("rows", _index),
+        ("packed", _pointer),
+        ("bias", _pointer),
+        ("words", _index),
+        ("columns", _index),
+        ("gated", _index),
+        ("out", _pointer),
+        ("out_stride", _index),
+        ("scales", _pointer),
+        ("offsets", _pointer),
+    )
 
 
 class _Cache(ctypes.Structure):
@@ -107,13 +129,7 @@ class Native:
         self._pack, self._linear = library.baton_pack, library.baton_linear
         self._write, self._attention = library.baton_write, library.baton_attention
         self._pack.argtypes = (_pointer, _index, _index, _pointer)
-        self._linear.argtypes = (
-            _int,
-            *(_pointer, _index, _index),
-            *(_pointer, _pointer, _index, _index),
-            _int,
-            *(_pointer, _index),
-        )
+        self._linear.argtypes = (_int, ctypes.POINTER(_Linear))
         self._write.argtypes = (_pointer, *(_index,) * 5, _pointer, *(_index,) * 3, _pointer, _pointer)
         self._rms_norm = library.baton_rms_norm
         self._rms_norm.argtypes = (
@@ -138,6 +154,18 @@ class Native:
         self._pack(weight.data_ptr(), weight.shape[0], num_words, data.data_ptr())
         return PackedWeight(data, weight.shape[0], weight.dtype)
 
+    def pack_int8(self, weight: Tensor, memory: Tensor) -> PackedWeight:
+        """weight [N, K] of floats, each row rounded to 255 steps of its own; memory [packed_bytes of int8]. The inputs
+        of such a layer are rounded likewise when it is called, each row to steps of its own."""
+        scales = weight.float().abs().amax(1).clamp_(min=1e-30) / 127
+        rounded = (weight.float() / scales[:, None]).round_().to(torch.int8)
+        padding = (0, -len(weight) % _PANEL)
+        packed = self.pack(rounded, memory)
+        return packed._replace(
+            scales=functional.pad(scales, padding),
+            offsets=functional.pad(128 * rounded.sum(1, dtype=torch.int32), padding).int(),
+        )
+
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
         """x @ weight^T + bias: [..., K] -> [..., N]."""
         return self._run_linear(x, weight, bias, weight.out_features, gated=False)
@@ -152,8 +180,7 @@ class Native:
     ) -> Tensor:
         rows = _rows(x)
         out = torch.empty((*x.shape[:-1], num_columns), dtype=x.dtype)
-        self._linear(
-            x.dtype is torch.bfloat16,
+        call = _Linear(
             rows.data_ptr(),
             rows.stride(0),
             len(rows),
@@ -164,7 +191,10 @@ class Native:
             gated,
             out.data_ptr(),
             num_columns,
+            None if weight.scales is None else weight.scales.data_ptr(),
+            None if weight.offsets is None else weight.offsets.data_ptr(),
         )
+        self._linear(x.dtype is torch.bfloat16, ctypes.byref(call))
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, shifted: bool = False) -> Tensor:
@@ -241,9 +271,10 @@ class Native:
         return out
 
 
-def packed_bytes(weight: Tensor) -> int:
+def packed_bytes(weight: Tensor, element_size: int | None = None) -> int:
     """Whole panels: the last one is padded."""
-    return -(-weight.shape[0] // _PANEL) * _PANEL * weight.shape[1] * weight.element_size()
+    size = weight.element_size() if element_size is None else element_size
+    return -(-weight.shape[0] // _PANEL) * _PANEL * weight.shape[1] * size
 
 
 def _dense(x: Tensor) -> Tensor:
