@@ -1,6 +1,7 @@
 """Swapped modules give the output of those whose place they take; what only looks alike is left alone."""
 
 import gc
+import random
 import weakref
 
 import pytest
@@ -8,9 +9,13 @@ import torch
 from reference import KINDS, load_reference, make_model
 from torch import Tensor, nn
 
+from baton.demo_task import recall_prompt
+from baton.errors import ConfigError
+from baton.llm import LLM
 from baton.model import packed
 from baton.model.fuse import fuse
 from baton.model.packed import MkldnnPacker, NativeLinear, PackedEmbedding, agrees, packer_for
+from baton.request import SamplingParams
 from baton_kernels import native
 from baton_kernels.native import Native
 
@@ -147,6 +152,34 @@ def test_onednn_packs_where_there_are_no_native_ops(dtype: torch.dtype) -> None:
 def test_plain_torch_where_nothing_packs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "_mkldnn_works", lambda _: False)
     assert type(_check(nn.Linear(32, 48), torch.float32, None)) is nn.Linear
+
+
+def test_int8_spares_the_output_layer_and_the_choice_of_experts(ops: Native) -> None:
+    model = Model(
+        nn.Linear(320, 16), nn.Linear(32, 100), nn.Linear(32, 48), nn.Embedding(100, 32), dtype=torch.float32
+    )
+    fuse(model, ops, int8=True)
+    dtypes = [linear.packed.dtype for linear in model.inner if isinstance(linear, NativeLinear)]
+    assert dtypes == [torch.float32, torch.float32, torch.int8]
+
+
+def test_int8_needs_native_ops() -> None:
+    with pytest.raises(ConfigError, match="int8 needs native ops"):
+        fuse(Model(nn.Linear(8, 8), dtype=torch.float32), None, int8=True)
+    with pytest.raises(ConfigError, match="int8 runs on the native CPU ops only"):
+        LLM("demo", quantization="int8", native_ops=False)
+
+
+def test_the_demo_model_recalls_in_int8(ops: Native) -> None:
+    if not ops.supports(torch.int8):
+        pytest.skip("this CPU has no VNNI")
+    rng = random.Random(0)
+    tasks = [recall_prompt(rng, 10) for _ in range(40)]
+    prompts = [f"<bos><|user|>{question}<|assistant|>" for question, _ in tasks]
+    with LLM("demo", quantization="int8") as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=8, temperature=0))
+    right = sum(output.text.strip() == answer for output, (_, answer) in zip(outputs, tasks, strict=True))
+    assert right >= 38
 
 
 @pytest.mark.parametrize("kind", ["gqa", "tied", "qwen3"])

@@ -28,7 +28,15 @@ from baton_kernels.naive import Window
 _SOURCE = Path(__file__).with_name("native.cpp")
 # No -march=native: the file may be compiled on one machine and run on another. No fast-math: NaN has to stay NaN.
 _FLAGS = (
-    *("-O3", "-std=c++17", "-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-ffp-contract=off", "-fno-exceptions"),
+    *(
+        "-O3",
+        "-std=c++17",
+        "-march=x86-64-v4",
+        "-mavx512bf16",
+        "-mavx512vnni",
+        "-ffp-contract=off",
+        "-fno-exceptions",
+    ),
     *("-fopenmp", "-shared", "-fPIC"),
 )
 _COMPILERS = ("c++", "g++", "clang++")

@@ -63,6 +63,28 @@ def test_linear(ops: Native, num_threads: int, dtype: torch.dtype, num_out: int,
 
 
 @DTYPES
+def test_int8_linear(ops: Native, num_threads: int, dtype: torch.dtype) -> None:
+    """Weights and inputs rounded to 255 steps per row; the sums are exact."""
+    _need(ops, dtype)
+    _need(ops, torch.int8)
+    torch.manual_seed(0)
+    weight, x, bias = (
+        torch.randn(200, 68, dtype=dtype),
+        torch.randn(100, 68, dtype=dtype),
+        torch.randn(200, dtype=dtype),
+    )
+    x[3] = 0
+    packed = ops.pack_int8(weight, Arena().take(native.packed_bytes(weight, 1)))
+    rounded = packed.rows(torch.arange(200)).double()
+    steps = weight.double().abs().amax(1, keepdim=True) / 127
+    assert ((rounded - weight.double()).abs() <= steps * 0.501).all()
+    steps = x.float().abs().amax(1, keepdim=True) / 127
+    inputs = ((x.float() / steps).nan_to_num().round() * steps).double()
+    _assert_near(ops.linear(x, packed, bias), F.linear(inputs, rounded, bias.double()))
+    assert torch.equal(ops.linear(x[7:8], packed, bias), ops.linear(x, packed, bias)[7:8])
+
+
+@DTYPES
 def test_gated_linear(ops: Native, dtype: torch.dtype) -> None:
     _need(ops, dtype)
     torch.manual_seed(0)

@@ -242,7 +242,9 @@ def load_runner(
     if not engine.bit_exact:
         on_kernels(module, device)
     if is_fast:
-        fuse(module, native)
+        fuse(module, native, int8=engine.quantization == "int8")
+    elif engine.quantization is not None:
+        raise ConfigError(f"--quantization {engine.quantization} runs on the native CPU ops only")
     layers = loader.learn_layers(module, config, max_model_len)
     layout = kv_layout(layers, engine.block_size, dtype)
     num_blocks = pool_size.num_blocks(engine, layout, memory.measured(device), model.max_model_len)
@@ -260,6 +262,6 @@ def load_runner(
         bit_exact=engine.bit_exact,
         native=native,
     )
-    arithmetic = exact.arithmetic() if engine.bit_exact else ""
+    arithmetic = exact.arithmetic() if engine.bit_exact else engine.quantization or ""
     compatibility = identity.compatibility(directory, config, layout, VERSIONS, arithmetic)
     return LoadedModel(runner, identity.fingerprint(compatibility, layout), compatibility)

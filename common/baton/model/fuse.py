@@ -22,7 +22,6 @@ from baton.model.packed import (
     NativePacker,
     PackedEmbedding,
     Packer,
-    agrees,
     close,
     merge,
     packer_for,
@@ -39,54 +38,72 @@ _EPSILONS = ("variance_epsilon", "eps")
 
 
 @torch.inference_mode()
-def fuse(model: nn.Module, native: Native | None) -> None:
-    """For a model on the CPU, in evaluation mode."""
-    packer = packer_for(native, next(model.parameters()).dtype)
+def fuse(model: nn.Module, native: Native | None, *, int8: bool = False) -> None:
+    """For a model on the CPU, in evaluation mode. `int8`: weights are rounded to 8 bits, but for those of the output
+    layer and of layers that choose experts. Raises ConfigError where that cannot be."""
+    packer = packer_for(native, next(model.parameters()).dtype, int8=int8)
     if packer is None:
         _log.info("linear layers by plain torch: neither native ops nor oneDNN work here")
         return
-    num_merged = sum(_merge_qkv(packer, module) for module in list(model.modules()))
-    swapped: Counter[str] = Counter(qkv=num_merged)
+    swapped: Counter[str] = Counter(qkv=sum(_merge_qkv(packer, module) for module in list(model.modules())))
     if isinstance(packer, NativePacker):
         swapped["gated"] = _swap(model, lambda module: _gated(packer, module))
         swapped["norm"] = _swap(model, lambda module: _norm(packer.native, module))
         swapped["tied"] = _pack_tied(packer, model)
-    uses = Counter(
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding)
-    )
-    latent = {
-        id(module.kv_b_proj) for module in model.modules() if latent_of(module)
-    }  # their weights are used in parts
-    swapped["linear"] = _swap(
-        model, lambda module: None if id(module) in latent else _linear(packer, module, uses)
-    )
+    swapped["linear"] = _swap(model, _LinearSwap(packer, model))
     _log.info("linear layers by %s: %s", packer.name, ", ".join(f"{n} {name}" for name, n in swapped.items()))
 
 
 def _swap(model: nn.Module, successor: Callable[[nn.Module], nn.Module | None]) -> int:
-    """Every module that has a successor, wherever it is used. Returns their number."""
-    num_swapped = 0
-    made: dict[nn.Module, nn.Module | None] = {}
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            if module not in made:
-                made[module] = successor(module)
-            if (new := made[module]) is not None:
+    """Every module that has a successor, wherever it is used. Returns the number of places. A module is given up as
+    soon as it was swapped, so there is memory for one more at a time."""
+    users = Counter(child for parent in model.modules() for child in parent.children())
+    shared: dict[nn.Module, nn.Module | None] = {child: None for child, n in users.items() if n > 1}
+    del users
+    visited: set[nn.Module] = set()
+
+    def swap_children(parent: nn.Module) -> int:
+        num_swapped = 0
+        for name in [name for name, _ in parent.named_children()]:
+            child = parent.get_submodule(name)
+            new = shared.get(child) or successor(child)
+            if child in shared:
+                shared[child] = new
+            if new is not None:
                 setattr(parent, name, new)
                 num_swapped += 1
-    return num_swapped
+            elif child not in visited:
+                num_swapped += swap_children(child)
+        visited.add(parent)
+        return num_swapped
+
+    return swap_children(model)
 
 
 def _is_linear(module: object) -> bool:
     return type(module) is nn.Linear
 
 
-def _linear(packer: Packer, module: nn.Module, uses: Counter[int]) -> nn.Module | None:
-    """Not where its weight has another user: there would be two copies."""
-    if not isinstance(module, nn.Linear) or not _is_linear(module) or uses[id(module.weight)] > 1:
-        return None
-    packed = packer.pack(module.weight, module.bias) if packer.takes(module.weight) else None
-    return packed if packed is not None and agrees(packed, module.weight, module.bias) else None
+class _LinearSwap:
+    """Plain linear layers. Not those whose weight has another user: there would be two copies."""
+
+    def __init__(self, packer: Packer, model: nn.Module) -> None:
+        self._packer = packer
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+        self._num_users = Counter(id(layer.weight) for layer in layers)
+        # Latent attention uses this weight in parts.
+        self._kept = {id(module.kv_b_proj) for module in model.modules() if latent_of(module)}
+        embeddings = {layer.weight.shape for layer in layers if isinstance(layer, nn.Embedding)}
+        self._outputs = {id(m) for m in layers if isinstance(m, nn.Linear) and m.weight.shape in embeddings}
+
+    def __call__(self, module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, nn.Linear) or not _is_linear(module) or id(module) in self._kept:
+            return None
+        packer = self._packer.exact() if id(module) in self._outputs else self._packer
+        if self._num_users[id(module.weight)] > 1 or not packer.takes(module.weight):
+            return None
+        packed = packer.pack(module.weight, module.bias)
+        return packed if packer.agrees(packed, module.weight, module.bias) else None
 
 
 def _merge_qkv(packer: Packer, attention: nn.Module) -> bool:
@@ -134,7 +151,7 @@ def _gated(packer: NativePacker, module: nn.Module) -> nn.Module | None:
         return None
     new = _GatedMLP(packer.native, _in_turns(packer, gate, up), packer.pack(down.weight, down.bias))
     x = sample_input(gate.in_features, gate.weight.dtype)
-    return new if close(new(x), module(x)) else None
+    return new if close(new(x), module(x), packer.tolerance(gate.weight)) else None
 
 
 def _in_turns(packer: NativePacker, gate: nn.Linear, up: nn.Linear) -> PackedWeight:
@@ -182,12 +199,13 @@ def _pack_tied(packer: NativePacker, model: nn.Module) -> int:
     """An output layer that shares its weight with the embedding of the input tokens: both use the packed one."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and _is_linear(module)]
     embeddings = {id(module.weight): module for module in model.modules() if type(module) is nn.Embedding}
+    packer = packer.exact()
     for head in linears:
         embedding = embeddings.get(id(head.weight))
         if embedding is None or not packer.takes(head.weight):
             continue
         packed = packer.pack(head.weight, head.bias)
-        if agrees(packed, head.weight, head.bias):
+        if packer.agrees(packed, head.weight, head.bias):
             successors: dict[nn.Module, nn.Module] = {head: packed, embedding: PackedEmbedding(packed.packed)}
             return _swap(model, successors.get)
     return 0

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from baton.errors import ConfigError
 from baton_kernels.native import Native, PackedWeight, packed_bytes
 from baton_kernels.pages import Arena
 
 _SAMPLE_ROWS = 4
+# Of the largest output.
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+_INT8_TOLERANCE = 0.1
+_MOST_INPUTS_PER_OUTPUT = 16
 _MKLDNN_ROWS = 32  # the batch that oneDNN arranges for; others run nearly as fast (benchmarks/bench_cpu.py)
 
 
@@ -26,6 +31,14 @@ class Packer(Protocol):
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """A module that computes F.linear(x, weight, bias), for a weight that it takes."""
+        ...
+
+    def agrees(self, packed: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether it does, on a sample of inputs."""
+        ...
+
+    def exact(self) -> "Packer":
+        """One that rounds no weights."""
         ...
 
 
@@ -46,24 +59,39 @@ class NativeLinear(nn.Module):
 
 
 class NativePacker:
-    """Implements Packer."""
+    """Implements Packer. `int8`: weights are rounded to 8 bits, see Native.pack_int8."""
 
-    name = "native"
-
-    def __init__(self, native: Native) -> None:
+    def __init__(self, native: Native, arena: Arena, *, int8: bool = False) -> None:
         self.native = native
-        self._arena = Arena()
+        self.name = "native ops, int8" if int8 else "native ops"
+        self._arena = arena
+        self._int8 = int8
 
-    @staticmethod
-    def takes(weight: Tensor) -> bool:
+    def takes(self, weight: Tensor) -> bool:
         """Rows of whole 32-bit words."""
-        return weight.shape[1] * weight.element_size() % 4 == 0
+        size = 1 if self._rounds(weight) else weight.element_size()
+        return weight.shape[1] * size % 4 == 0
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> NativeLinear:
         return NativeLinear(self.native, self.arrange(weight), bias)
 
     def arrange(self, weight: Tensor) -> PackedWeight:
+        if self._rounds(weight):
+            return self.native.pack_int8(weight, self._arena.take(packed_bytes(weight, 1)))
         return self.native.pack(weight.contiguous(), self._arena.take(packed_bytes(weight)))
+
+    def agrees(self, packed: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:
+        return agrees(packed, weight, bias, self.tolerance(weight))
+
+    def tolerance(self, weight: Tensor) -> float:
+        return _INT8_TOLERANCE if self._rounds(weight) else _TOLERANCES[weight.dtype]
+
+    def exact(self) -> "NativePacker":
+        return NativePacker(self.native, self._arena)
+
+    def _rounds(self, weight: Tensor) -> bool:
+        """Not the few outputs that choose between experts."""
+        return self._int8 and weight.shape[0] * _MOST_INPUTS_PER_OUTPUT >= weight.shape[1]
 
 
 class MkldnnLinear(nn.Module):
@@ -88,26 +116,37 @@ class MkldnnPacker:
 
     name = "oneDNN"
 
-    @staticmethod
-    def takes(weight: Tensor) -> bool:
+    def takes(self, weight: Tensor) -> bool:
         return True
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> MkldnnLinear:
         return MkldnnLinear(weight, bias)
 
+    def agrees(self, packed: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:
+        return agrees(packed, weight, bias)
 
-def packer_for(native: Native | None, dtype: torch.dtype) -> Packer | None:
-    """oneDNN alone knows the matrix units that some CPUs have for bfloat16."""
+    def exact(self) -> "MkldnnPacker":
+        return self
+
+
+def packer_for(native: Native | None, dtype: torch.dtype, *, int8: bool = False) -> Packer | None:
+    """oneDNN alone knows the matrix units that some CPUs have for bfloat16. Raises ConfigError."""
+    if int8:
+        if native is None or not (native.supports(dtype) and native.supports(torch.int8)):
+            raise ConfigError(
+                f"--quantization int8 needs native ops for {dtype} and AVX512-VNNI: leave it out"
+            )
+        return NativePacker(native, Arena(), int8=True)
     has_matrix_unit = dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
     if native is not None and native.supports(dtype) and not has_matrix_unit:
-        return NativePacker(native)
+        return NativePacker(native, Arena())
     return MkldnnPacker() if _mkldnn_works(dtype) else None
 
 
-def agrees(module: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:
+def agrees(module: nn.Module, weight: Tensor, bias: Tensor | None, tolerance: float | None = None) -> bool:
     """Whether it computes the linear layer, on a sample of inputs."""
     x = sample_input(weight.shape[1], weight.dtype)
-    return close(module(x), F.linear(x, weight, bias))
+    return close(module(x), F.linear(x, weight, bias), tolerance)
 
 
 def sample_input(size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -116,11 +155,11 @@ def sample_input(size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return (torch.randn(1, _SAMPLE_ROWS, size, generator=generator) * scale).to(dtype)
 
 
-def close(out: Tensor, expected: Tensor) -> bool:
+def close(out: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
     """Equal but for the order of sums and the last rounding."""
-    tolerance = 2e-2 if expected.dtype is torch.bfloat16 else 1e-4
+    limit = _TOLERANCES.get(expected.dtype, 0.0) if tolerance is None else tolerance
     error = (out.float() - expected.float()).abs().max()
-    return out.shape == expected.shape and bool(error <= tolerance * expected.float().abs().max())
+    return out.shape == expected.shape and bool(error <= limit * expected.float().abs().max())
 
 
 def _mkldnn_works(dtype: torch.dtype) -> bool:
@@ -176,7 +215,7 @@ def merge(packer: Packer, linears: Sequence[nn.Linear]) -> list[nn.Module] | Non
     weight = torch.cat([linear.weight for linear in linears])
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
     packed = packer.pack(weight, bias) if packer.takes(weight) else None
-    if packed is None or not agrees(packed, weight, bias):
+    if packed is None or not packer.agrees(packed, weight, bias):
         return None
     merged = _Merged(packed, [linear.out_features for linear in linears])
     return [MergedPart(merged, index) for index in range(len(linears))]
