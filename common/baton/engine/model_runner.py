@@ -19,7 +19,7 @@ from baton.engine.masks import MaskMaker
 from baton.engine.sampler import sample
 from baton.engine.scoring import Scored, score
 from baton.engine.structured import Grammars
-from baton.errors import InternalError
+from baton.errors import ConfigError, InternalError
 from baton.kv import pool_size
 from baton.kv.storage import KVStorage
 from baton.messages import Compatibility
