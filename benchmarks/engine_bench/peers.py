@@ -108,6 +108,8 @@ class Peers:
             "bfloat16",
         )
         argv += ("--device", "cpu", "--host", "127.0.0.1", "--port", str(port), "--model-timeout", "-1")
+        # Else its cache takes nearly all memory that is free. Its blocks hold 256 tokens by default.
+        argv += ("--cb-num-blocks", str(BLOCK_SIZE * NUM_BLOCKS // 256), "--cb-max-memory-percent", "0.1")
         env = {"OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": "1"}
         return Spec(
             name,
