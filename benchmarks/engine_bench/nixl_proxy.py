@@ -20,9 +20,18 @@ REMOTE_DECODE = {
 }
 
 
+@web.middleware
+async def not_yet(request: web.Request, handler) -> web.StreamResponse:  # type: ignore[no-untyped-def]
+    """The servers behind take minutes to start."""
+    try:
+        return await handler(request)
+    except aiohttp.ClientError as error:
+        raise web.HTTPBadGateway(text=str(error)) from None
+
+
 def main() -> None:
     port, prefill, decode = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    app = web.Application()
+    app = web.Application(middlewares=[not_yet])
 
     async def session(app: web.Application):  # type: ignore[no-untyped-def]
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None)
