@@ -24,6 +24,7 @@ from baton.engine.batch import SequenceOutput
 from baton.engine.detokenizer import TextStream, TokenText
 from baton.engine.engine import Engine
 from baton.engine.model_runner import load_runner
+from baton.engine.samples import check_num_samples
 from baton.engine.sequence import Sequence as EngineSequence
 from baton.errors import ConfigError, InvalidRequest, RequestError
 from baton.model_files import TOKENIZER_FILES, WEIGHT_FILES, eos_token_ids, resolve_model
@@ -183,6 +184,12 @@ class LLM:
         if params.seed is None:
             params = replace(params, seed=self._rng.getrandbits(63))
         request = Request(RequestId(str(index)), prompt, params, self._eos_token_ids)
+        try:
+            check_num_samples(self.engine, params.n)
+        except InvalidRequest as error:
+            answer = _Answer(request, None, RequestOutput(prompt))
+            answer.fail(error)
+            return [answer]
         first, *siblings = [
             _Answer(sample, self._text_of(sample), RequestOutput(prompt)) for sample in request.samples()
         ]

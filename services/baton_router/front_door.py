@@ -109,7 +109,7 @@ class FrontDoor:
         if asked > room:
             raise RequestTooLarge(
                 f"{length}, but {num_prompt_tokens + asked} are asked for: {num_prompt_tokens} in the prompt "
-                f"and {asked} to generate",
+                f"and {asked} to generate (max_tokens)",
                 param=param,
             )
         return asked

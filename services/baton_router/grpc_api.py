@@ -20,7 +20,7 @@ from baton_router.answer import CLIENT_GONE
 from baton_router.app import REQUEST_ID
 from baton_router.fleet_view import FleetView
 from baton_router.front_door import FrontDoor
-from baton_router.openai.schema import SamplingFields, validate
+from baton_router.openai.schema import MAX_SALT_CHARACTERS, SamplingFields, validate
 
 ENDPOINT = "baton.v1.Router/Generate"
 
@@ -85,6 +85,10 @@ class RouterService:
         if call.request_id and REQUEST_ID.fullmatch(call.request_id) is None:
             raise InvalidRequest(
                 "request_id: must be 1 to 128 letters, digits or ._~:/+=@-", param="request_id"
+            )
+        if len(call.cache_salt) > MAX_SALT_CHARACTERS:
+            raise InvalidRequest(
+                f"cache_salt: must have at most {MAX_SALT_CHARACTERS} characters", param="cache_salt"
             )
         if not (call.deadline_s > 0 and math.isfinite(call.deadline_s)):
             raise InvalidRequest("deadline_s: must be a number of seconds above 0", param="deadline_s")

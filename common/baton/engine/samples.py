@@ -12,12 +12,7 @@ def begin_samples(
 ) -> tuple[RequestId, ...]:
     """`begin` (the engine's add or reserve) with the first, fork the others. All of them or, raising BatonError,
     none. The names under which the engine knows them, in order."""
-    num_samples = request.sampling.n
-    if not 1 <= num_samples <= engine.max_num_seqs:
-        raise InvalidRequest(
-            f"n must be 1 to {engine.max_num_seqs}, the worker's max_num_seqs; {num_samples} were asked for",
-            param="n",
-        )
+    check_num_samples(engine, request.sampling.n)
     first, *others = request.samples()
     begin(first)
     names = [first.request_id]
@@ -30,3 +25,12 @@ def begin_samples(
             engine.abort(name)
         raise
     return tuple(names)
+
+
+def check_num_samples(engine: Engine, num_samples: int) -> None:
+    """Raises InvalidRequest."""
+    if not 1 <= num_samples <= engine.max_num_seqs:
+        raise InvalidRequest(
+            f"n must be 1 to {engine.max_num_seqs}, the worker's max_num_seqs; {num_samples} were asked for",
+            param="n",
+        )

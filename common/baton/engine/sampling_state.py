@@ -18,6 +18,10 @@ from baton.errors import InvalidRequest
 from baton.request import Request, SamplingParams, TokenLogprobs
 
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_ALLOWED_TOKEN_IDS = 65536
+MAX_STOP_TOKEN_IDS = 256
+MAX_BAD_WORD_TOKENS = 4096  # of all bad words together
 
 Bitmask = NDArray[np.int32]  # [ceil(V / 32)], bit i of word w: token 32 w + i may be drawn
 Tokens = NDArray[np.int64]
@@ -154,7 +158,24 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
             params.prompt_logprobs is None or 0 <= params.prompt_logprobs <= MAX_LOGPROBS,
             f"0 to {MAX_LOGPROBS}",
         ),
-        ("min_tokens", params.min_tokens <= params.max_tokens, "max_tokens at most"),
+        ("n", params.n >= 1, "at least 1"),
+        ("min_tokens", 0 <= params.min_tokens <= params.max_tokens, "0 to max_tokens"),
+        ("logit_bias", len(params.logit_bias) <= MAX_BIASES, f"at most {MAX_BIASES} tokens"),
+        (
+            "allowed_token_ids",
+            len(params.allowed_token_ids) <= MAX_ALLOWED_TOKEN_IDS,
+            f"at most {MAX_ALLOWED_TOKEN_IDS} tokens",
+        ),
+        (
+            "stop_token_ids",
+            len(params.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
+            f"at most {MAX_STOP_TOKEN_IDS} tokens",
+        ),
+        (
+            "bad_words",
+            sum(len(word.token_ids) for word in params.bad_words) <= MAX_BAD_WORD_TOKENS,
+            f"at most {MAX_BAD_WORD_TOKENS} tokens together",
+        ),
         ("logit_bias", all(abs(each.bias) <= 100 for each in params.logit_bias), "-100 to 100"),
         ("bad_words", all(word.token_ids for word in params.bad_words), "sequences of at least one token"),
     ):

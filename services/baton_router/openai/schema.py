@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from baton.engine.sampling_state import MAX_LOGPROBS
+from baton.engine.sampling_state import MAX_ALLOWED_TOKEN_IDS, MAX_BIASES, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from baton.errors import InvalidRequest
 from baton.request import Grammar, SamplingParams, TokenBias
 from baton_router.openai import structured
@@ -29,12 +29,10 @@ from baton_router.openai.structured import ResponseFormat, StructuredOutputs
 MAX_COUNT = 2**31 - 1
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
-MAX_STOP_TOKEN_IDS = 256
-MAX_BIASES = 1024
 MAX_SAMPLES = 128  # and what the worker runs at the same time
 MAX_BIAS = 100
-MAX_ALLOWED_TOKEN_IDS = 65536
 MAX_PRIORITY = 2**31 - 1
+MAX_SALT_CHARACTERS = 256
 SEEDS = 2**64
 
 # What clients send by default. Any other value asks for something that Baton does not do.
@@ -204,7 +202,7 @@ class ApiRequest(SamplingFields):
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARACTERS)] | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None  # lower is earlier
     return_token_ids: bool | None = None
     logit_bias: Annotated[
