@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from baton.engine.worker import Worker
 from baton.kv.block import num_blocks_for
 from baton.kv.layout import KVLayout, LayerLayout
 from baton.kv.storage import KVStorage
-from baton.messages import PrefillCall, Role, Ticket, WorkerRecord
+from baton.messages import PrefillCall, PrefillResult, Role, Ticket, WorkerRecord
 from baton.request import BlockId, Request, RequestId, SamplingParams, WorkerId
 from baton.transfer.handshake import Compatibility
 from baton.transfer.report import TransferReport
@@ -168,7 +169,10 @@ class Bench:
         request_id = RequestId(f"r{self._num_requests}")
         call = self._call(request_id)
         await self._receiver.expect(call.request)
-        result = await service.prefill(call)
+        async with aclosing(service.prefill(call)) as answers:
+            result = await anext(answers)
+            assert isinstance(result, PrefillResult), result
+            await anext(answers)  # the push has ended
         await self._receiver.wait("verified")
         report = await reported
         await service.aclose()

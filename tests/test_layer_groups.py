@@ -20,6 +20,7 @@ from baton.engine.model_runner import load_runner
 from baton.errors import BatonError
 from baton.messages import Role
 from baton.request import BlockId, Request, RequestId, SamplingParams
+from baton.transfer.base import PIECE_TIMEOUT_S
 from baton.transfer.inproc import Faults
 from baton.transfer.report import TransferReport
 from baton.transfer.wire import PieceHeader
@@ -42,10 +43,12 @@ def config_of(num_groups: int, *, seed: int = 0, bytes_per_s: float = 1e6, **oth
     return replace(base, **other)  # type: ignore[arg-type]
 
 
-def make_request(name: str, num_prompt: int, num_output: int) -> Request:
+def make_request(name: str, num_prompt: int, num_output: int, num_samples: int = 1) -> Request:
     rng = random.Random(name)
     prompt = tuple(rng.randrange(VOCAB_SIZE) for _ in range(num_prompt))
-    return Request(RequestId(name), prompt, SamplingParams(max_tokens=num_output, temperature=0.0))
+    return Request(
+        RequestId(name), prompt, SamplingParams(max_tokens=num_output, temperature=0.0, n=num_samples)
+    )
 
 
 def right_answer(config: FleetConfig, request: Request) -> list[int]:
@@ -331,6 +334,51 @@ def test_a_path_that_never_carries_a_piece_intact_is_quarantined_and_the_decode_
             request = make_request("after", 100, 5)
             assert await fleet.ask(request) == right_answer(config, request)
             assert fleet.transfers[-1].outcome == "ok"
+
+    clock.run(main())
+
+
+@pytest.mark.parametrize("faults", [Faults(flip=1.0), Faults(drop=1.0)], ids=["flip", "drop"])
+@pytest.mark.parametrize("num_prompt", [20, 400], ids=["before-or-after", "before"])
+@pytest.mark.parametrize("num_output", [1, 6])
+def test_every_answer_to_a_prompt_whose_kv_never_comes_is_right(
+    faults: Faults, num_prompt: int, num_output: int
+) -> None:
+    """The push fails before the first token where the prompt takes many chunks; three answers share the prompt."""
+    clock = VirtualClock()
+    small_chunks = EngineConfig(num_blocks=256, max_num_batched_tokens=64)
+    config = config_of(3, engine=small_chunks, **PAIR)
+
+    async def main() -> None:
+        async with running_fleet(config, clock) as fleet:
+            fleet.kv_network.faults = faults
+            requests = [make_request(f"r{n}", num_prompt, num_output, num_samples=n) for n in (1, 3)]
+            answers = await asyncio.gather(*(fleet.ask_samples(request) for request in requests))
+            for request, samples in zip(requests, answers, strict=True):
+                assert samples == [right_answer(config, request)] * request.sampling.n
+            await assert_all_given_back(fleet)
+            assert any(" handover.repaired " in line for line in fleet.events.lines)
+
+    clock.run(main())
+
+
+def test_a_prefill_worker_that_hangs_is_done_without() -> None:
+    clock = VirtualClock()
+    config = config_of(3, bytes_per_s=1e5, **PAIR)
+
+    async def main() -> None:
+        async with running_fleet(config, clock) as fleet:
+            request = make_request("r", 400, 5)
+            asking = asyncio.create_task(fleet.ask(request))
+            await clock.sleep(0.1)
+            prefill = next(w for w in fleet.workers.values() if Role.PREFILL in w.record.roles)
+            fleet.rpc_network.partition("caller", prefill.record.address)
+            fleet.kv_network.partition(prefill.kv_address, "kv://decode-2")
+            assert await asking == right_answer(config, request)
+            await clock.sleep(PIECE_TIMEOUT_S)  # it kept a piece open
+            await assert_all_given_back(fleet)
+            [repair] = [line for line in fleet.events.lines if " handover.repaired " in line]
+            assert "prefill-1 was lost: it said nothing for 2 s" in repair
 
     clock.run(main())
 
