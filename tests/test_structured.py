@@ -137,7 +137,16 @@ def test_the_answer_ends_with_the_grammar(llm: LLM) -> None:
         (_json({"type": "colour"}), "colour"),
         (_json({"not": {"type": "null"}}), "not"),
         (Grammar(GrammarKind.LARK, "start: nothing"), "nothing"),
-        (Grammar(GrammarKind.REGEX, "a" * (MAX_SOURCE_CHARS + 1)), "characters"),
+        (Grammar(GrammarKind.LARK, "a" * (MAX_SOURCE_CHARS + 1)), "characters"),
+        # Each of these would hold the engine up for minutes, or takes more memory or stack than there is.
+        (Grammar(GrammarKind.REGEX, "a?" * 3000 + "a" * 3000), "has 9000 characters; at most 1024"),
+        (_json({"items": {"pattern": "a?" * 900}}), "has 1800 characters; at most 1024"),
+        (_json({"patternProperties": {"a?" * 900: {}}}), "has 1800 characters; at most 1024"),
+        (Grammar(GrammarKind.LARK, "start: A\nA: /" + "a?" * 900 + "/"), "characters; at most 1024"),
+        (Grammar(GrammarKind.REGEX, "(" * 500 + "a" + ")" * 500), "cannot be compiled"),
+        (Grammar(GrammarKind.JSON_SCHEMA, "[" * 30_000 + "]" * 30_000), "recursion limit"),
+        (_json({"allOf": [{"type": "string", "pattern": f"^.*{c}.*$"} for c in "abcdefghijkl"]}), "empty"),
+        (_json({"type": "number", "minimum": -1e300, "maximum": 1.2345678901234e300}), "float range"),
     ],
     ids=lambda value: str(value)[:40],
 )

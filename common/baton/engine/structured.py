@@ -8,8 +8,10 @@ A tokenizer whose tokens have no bytes of their own (words that are joined with 
 
 import asyncio
 import functools
+import json
+import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import llguidance
@@ -22,6 +24,9 @@ from baton.request import Grammar, GrammarKind
 from baton.tokenizer import Tokenizer
 
 MAX_SOURCE_CHARS = 64 * 1024
+# llguidance's fuel does not count what a long regular expression costs: a mask of "a?" * n + "a" * n takes time that
+# grows with the cube of n, 0.1 s for n = 341 and minutes for n = 3000.
+MAX_REGEX_CHARS = 1024
 MAX_COMPILED = 64  # kept; each takes some hundred kilobytes
 # Fuel is spent on compiling, at about 50,000 a millisecond, and on each mask, at about 14,000: with these limits the
 # worst that was found takes 90 ms to compile and 30 ms for a mask.
@@ -82,6 +87,13 @@ class Grammars:
                 f"the grammar has {len(grammar.source)} characters; at most {MAX_SOURCE_CHARS} are allowed",
                 param="grammar",
             )
+        longest = max(map(len, _regexes(grammar)), default=0)
+        if longest > MAX_REGEX_CHARS:
+            raise InvalidRequest(
+                f"a regular expression in the {grammar.kind} has {longest} characters; at most {MAX_REGEX_CHARS} are "
+                "allowed (many fixed answers are a choice)",
+                param="grammar",
+            )
         tokens = self._tokens
         try:
             source = llguidance.grammar_from(FORMATS[grammar.kind], grammar.source)  # type: ignore[arg-type]
@@ -106,6 +118,30 @@ class Grammars:
         return llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(_Tokens(tokenizer, self._vocab_size + 1, eos[0])), eos_token=eos
         )
+
+
+def _regexes(grammar: Grammar) -> list[str]:
+    if grammar.kind is GrammarKind.REGEX:
+        return [grammar.source]
+    if grammar.kind is GrammarKind.LARK:
+        return re.findall(r"/(?:\\.|[^/\\\n])+/", grammar.source)
+    if grammar.kind is GrammarKind.JSON_SCHEMA:
+        try:
+            return list(_patterns(json.loads(grammar.source)))
+        except (ValueError, RecursionError):  # said better by the compiler
+            return []
+    return []
+
+
+def _patterns(schema: object) -> Iterator[str]:
+    if isinstance(schema, dict):
+        if isinstance(pattern := schema.get("pattern"), str):
+            yield pattern
+        if isinstance(named := schema.get("patternProperties"), dict):
+            yield from named
+    if isinstance(schema, dict | list):
+        for item in schema.values() if isinstance(schema, dict) else schema:
+            yield from _patterns(item)
 
 
 class _Tokens:
