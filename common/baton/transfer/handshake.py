@@ -47,14 +47,16 @@ class Party(Protocol):
 
 
 def decide(prefill: Party, decode: Party) -> Fit:
-    return _decide(
-        prefill.worker_id,
-        prefill.block_size,
-        prefill.compatibility,
-        decode.worker_id,
-        decode.block_size,
-        decode.compatibility,
-    )
+    """Asked for every pair of every placement: most are equal, and the others are remembered."""
+    a, b = prefill.compatibility, decode.compatibility
+    if a == b and prefill.block_size == decode.block_size and a.wire_versions:
+        return _equal(a.wire_versions)
+    return _decide(prefill.worker_id, prefill.block_size, a, decode.worker_id, decode.block_size, b)
+
+
+@lru_cache(maxsize=16)
+def _equal(wire_versions: tuple[int, ...]) -> Fit:
+    return Fit(Kind.EQUAL, "", max(wire_versions))
 
 
 @lru_cache(maxsize=4096)
