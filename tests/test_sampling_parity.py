@@ -177,3 +177,35 @@ async def test_through_a_fleet(
         with pytest.raises(InvalidRequest, match="cannot be compiled"):
             await _ask(fleet, bad)
         fleet.check_conservation()
+
+
+async def test_a_request_cancelled_while_its_grammar_is_compiled(
+    directory: Path, prompts: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others go on meanwhile, and nothing of it is left."""
+    async with _fleet_of(directory, (Role.DECODE,)) as fleet:
+        [worker] = fleet.workers.values()
+        started, go_on, grammars = asyncio.Event(), asyncio.Event(), worker.runner.grammars
+        assert grammars is not None
+        prepare = grammars.prepare
+
+        async def slow(grammar: Grammar) -> None:
+            started.set()
+            await go_on.wait()
+            await prepare(grammar)
+
+        monkeypatch.setattr(grammars, "prepare", slow)
+        constrained = Request(RequestId("regex"), prompts[0], KINDS["regex"], (EOS,))
+        asking = asyncio.create_task(_ask(fleet, constrained))
+        await asyncio.wait_for(started.wait(), 30)
+        assert len((await _ask(fleet, Request(RequestId("plain"), prompts[1], BASE, (EOS,))))[0]) == 24
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        go_on.set()
+        tokens, _ = await _ask(fleet, replace(constrained, request_id=RequestId("again")))
+        assert 4 <= len(tokens) <= 8
+        async with asyncio.timeout(30):
+            while worker.engine.num_sequences:
+                await asyncio.sleep(0.01)
+        fleet.check_conservation()
+        worker.engine.check_integrity()
