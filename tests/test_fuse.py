@@ -18,6 +18,7 @@ from baton.model.packed import MkldnnPacker, NativeLinear, PackedEmbedding, agre
 from baton.request import SamplingParams
 from baton_kernels import native
 from baton_kernels.native import Native
+from baton_kernels.native_build import Unavailable
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -26,7 +27,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 def ops() -> Native:
     try:
         return native.load()
-    except native.Unavailable as error:
+    except Unavailable as error:
         pytest.skip(f"no native ops: {error}")
 
 

@@ -1,21 +1,13 @@
 """The CPU's ops in C++ for x86-64 with AVX-512: linear layers over packed weights, and attention over the paged
 cache. See `native.cpp`.
 
-The library is compiled once, by the C++ compiler that is there, into the user's cache folder under a name made of
-its source. `python -m baton_kernels.native` compiles it into this package instead, for images that have no compiler
-when they run. Without library, or on another CPU, `load` says why; whoever asks has plain torch to fall back on.
+Without the library (see `native_build`), or on another CPU, `load` says why; whoever asks has plain torch to fall
+back on.
 
 A row of a result does not depend on the other rows, on their number or on the number of threads, to the last bit.
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,31 +16,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from baton_kernels.naive import Window
+from baton_kernels.native_build import Unavailable, find_library
 
-_SOURCE = Path(__file__).with_name("native.cpp")
-# No -march=native: the file may be compiled on one machine and run on another. No fast-math: NaN has to stay NaN.
-_FLAGS = (
-    *(
-        "-O3",
-        "-std=c++17",
-        "-march=x86-64-v4",
-        "-mavx512bf16",
-        "-mavx512vnni",
-        "-ffp-contract=off",
-        "-fno-exceptions",
-    ),
-    *("-fopenmp", "-shared", "-fPIC"),
-)
-_COMPILERS = ("c++", "g++", "clang++")
 _BITS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
 
 _PANEL = 64  # columns that are packed together
 
 _pointer, _int, _index = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-
-
-class Unavailable(Exception):
-    """Why there are no native ops here."""
 
 
 class PackedWeight(NamedTuple):
@@ -297,46 +271,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def load() -> Native:
     """Raises Unavailable."""
-    name = library_name()
-    for path in (_SOURCE.with_name(name), cache_folder() / name):
-        if path.is_file():
-            return _open(path)
-    return _open(build(cache_folder()))
-
-
-def library_name() -> str:
-    return f"native-{hashlib.sha256(_SOURCE.read_bytes() + repr(_FLAGS).encode()).hexdigest()[:16]}.so"
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton"
-
-
-def build(folder: Path) -> Path:
-    """Compiles the library into `folder`. Raises Unavailable."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        raise Unavailable(f"they are written for x86-64, not for {platform.machine()}")
-    compiler = next(
-        filter(None, map(shutil.which, (os.environ.get("CXX") or _COMPILERS[0], *_COMPILERS))), None
-    )
-    if compiler is None:
-        raise Unavailable("there is no C++ compiler")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made, path = Path(scratch) / "native.so", folder / library_name()
-            subprocess.run(
-                [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)], check=True, capture_output=True, text=True
-            )
-            made.replace(path)  # at once, whoever else is doing the same
-    except subprocess.CalledProcessError as error:
-        raise Unavailable(f"{compiler} failed: {error.stderr.strip().splitlines()[:1]}") from error
-    except OSError as error:
-        raise Unavailable(f"it cannot be compiled into {folder}: {error}") from error
-    return path
-
-
-def _open(path: Path) -> Native:
+    path = find_library()
     try:
         native = Native(path)
     except OSError as error:
@@ -344,7 +279,3 @@ def _open(path: Path) -> Native:
     if not native.supports(torch.float32):
         raise Unavailable("the CPU has no AVX-512")
     return native
-
-
-if __name__ == "__main__":
-    sys.stdout.write(f"{build(_SOURCE.parent)}\n")

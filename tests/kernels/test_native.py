@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from baton_kernels import naive, native
+from baton_kernels import naive, native, native_build
 from baton_kernels.native import Native, PackedWeight, Steps
 from baton_kernels.pages import Arena
 
@@ -21,7 +21,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 def ops() -> Native:
     try:
         return native.load()
-    except native.Unavailable as error:
+    except native_build.Unavailable as error:
         pytest.skip(f"no native ops: {error}")
 
 
@@ -233,8 +233,8 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(native.Unavailable, match="no C\\+\\+ compiler"):
-        native.build(native.cache_folder())
+    with pytest.raises(native_build.Unavailable, match="no C\\+\\+ compiler"):
+        native_build.build(native_build.cache_folder())
 
 
 def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -242,6 +242,6 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     compiler.write_text("#!/bin/sh\necho 'unknown flag' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(native.Unavailable, match="unknown flag"):
-        native.build(tmp_path / "folder")
+    with pytest.raises(native_build.Unavailable, match="unknown flag"):
+        native_build.build(tmp_path / "folder")
     assert not list((tmp_path / "folder").iterdir())

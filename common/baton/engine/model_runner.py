@@ -237,14 +237,14 @@ def load_runner(
     if engine.bit_exact:
         exact.check(dtype, device)
     is_fast = device.type == "cpu" and engine.native_ops and not engine.bit_exact
+    if engine.quantization is not None and not is_fast:
+        raise ConfigError(f"--quantization {engine.quantization} runs on the native CPU ops only")
     native = load_native() if is_fast else None
     module = loader.load_model(directory, config, dtype, device)
     if not engine.bit_exact:
         on_kernels(module, device)
     if is_fast:
         fuse(module, native, int8=engine.quantization == "int8")
-    elif engine.quantization is not None:
-        raise ConfigError(f"--quantization {engine.quantization} runs on the native CPU ops only")
     layers = loader.learn_layers(module, config, max_model_len)
     layout = kv_layout(layers, engine.block_size, dtype)
     num_blocks = pool_size.num_blocks(engine, layout, memory.measured(device), model.max_model_len)

@@ -11,6 +11,7 @@ from baton.model.naive_step import NaivePlanner
 from baton.model.native_step import NativePlanner, native_covers
 from baton_kernels import native as native_ops
 from baton_kernels.native import Native
+from baton_kernels.native_build import Unavailable
 
 _log = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ def load_native() -> Native | None:
     """The native ops, where they work."""
     try:
         return native_ops.load()
-    except native_ops.Unavailable as error:
+    except Unavailable as error:
         _log.warning("plain torch instead of the native CPU ops, which are several times as fast: %s", error)
         return None
 
