@@ -5,6 +5,7 @@ on request, one thread reads half as much again per second (`benchmarks/bench_cp
 """
 
 import mmap
+import sys
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ _ALIGNMENT = 64
 def huge_empty(num_bytes: int) -> Tensor:
     """uint8, zeros. Freed with the last tensor that uses it."""
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if sys.platform == "linux":
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
