@@ -140,7 +140,7 @@ async def run(args: argparse.Namespace, block_size: int, clock: VirtualClock) ->
         "waste_max": slots.highest,
         "pool_used_mean": slots.used_share / slots.seconds,
         "hit_rate": sum(sequence.num_cached_tokens for sequence in sequences) / num_prompt,
-        "preemptions": engine.num_preemptions,
+        "preemptions": engine.pressure.num_preemptions,
         "prompt_tokens_mean": num_prompt / len(load),
         "output_tokens_mean": num_output / len(load),
         "virtual_s": clock.now(),

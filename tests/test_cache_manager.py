@@ -2,12 +2,16 @@
 
 import hypothesis.strategies as st
 import pytest
+from fake_model import FakeStorage
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from baton.clock import SystemClock
 from baton.engine.sequence import Sequence
+from baton.kv.block import num_blocks_for
 from baton.kv.cache_manager import KVCacheManager
 from baton.kv.layout import KVLayout, LayerLayout
+from baton.kv.offload import HostBlocks
 from baton.kv.storage import KVStorage
 from baton.request import BlockId, Request, RequestId
 
@@ -111,20 +115,29 @@ def test_generated_tokens_are_cached_too() -> None:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Any order of admission, growth, completion and preemption; each block is checked by what was written to
-    it."""
+    """Any order of admission, growth, forks, swapping, completion and preemption, over real bytes."""
 
     NUM_BLOCKS = 10
 
     def __init__(self) -> None:
         super().__init__()
+        self.storage = FakeStorage(self.NUM_BLOCKS, BLOCK_SIZE)
+        self.host = HostBlocks(
+            self.storage, 6 * self.storage.layout.block_bytes, SystemClock(), lambda num_bytes, seconds: None
+        )
         self.kv = _manager(self.NUM_BLOCKS)
         self.sequences: list[Sequence] = []
-        self.content: dict[BlockId, list[int]] = {}  # what the device would hold
+        self.swapped: list[Sequence] = []
 
     @initialize(enable_prefix_caching=st.booleans())
     def start(self, enable_prefix_caching: bool) -> None:
-        self.kv = _manager(self.NUM_BLOCKS, enable_prefix_caching=enable_prefix_caching)
+        self.kv = KVCacheManager(
+            self.NUM_BLOCKS,
+            BLOCK_SIZE,
+            "model",
+            enable_prefix_caching=enable_prefix_caching,
+            host_blocks=self.host,
+        )
 
     @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20), salt=st.sampled_from(["", "b"]))
     def admit(self, prompt: list[int], salt: str) -> None:
@@ -155,16 +168,11 @@ class CacheMachine(RuleBasedStateMachine):
         if not self.kv.allocate(sequence, end):
             return
         if sequence.block_copy is not None:
-            source, destination = sequence.block_copy
-            self.content[destination] = self.content[source].copy()
-        for position in range(start, end):
-            index, offset = divmod(position, BLOCK_SIZE)
-            block_id = sequence.block_table[index]
+            self.storage.copy(*sequence.block_copy)
+        for block_id in sequence.block_table[start // BLOCK_SIZE : num_blocks_for(end, BLOCK_SIZE)]:
             owners = [s for s in self.sequences if block_id in s.block_table]
             assert owners == [sequence], "writes to a shared block"
-            content = self.content.setdefault(block_id, [])
-            del content[offset:]
-            content.append(sequence.token_ids[position])
+        self.storage.write(sequence.block_table, start, sequence.token_ids[start:end])
         self.kv.commit(sequence, end)
         if end == len(sequence.token_ids):
             sequence.token_ids.append(data.draw(st.integers(0, 1)))
@@ -176,22 +184,47 @@ class CacheMachine(RuleBasedStateMachine):
         self.sequences.remove(sequence)
         self.kv.free(sequence)
 
+    @precondition(lambda self: any(self.kv.can_swap_out(s) for s in self.sequences))
+    @rule(data=st.data())
+    def swap_out(self, data: st.DataObject) -> None:
+        sequence = data.draw(st.sampled_from([s for s in self.sequences if self.kv.can_swap_out(s)]))
+        self.sequences.remove(sequence)
+        self.swapped.append(sequence)
+        num_computed_tokens = sequence.num_computed_tokens
+        self.kv.swap_out(sequence)
+        assert not sequence.block_table and sequence.num_computed_tokens == num_computed_tokens
+
+    @precondition(lambda self: self.swapped)
+    @rule(data=st.data(), abort=st.booleans())
+    def swap_in_or_abort(self, data: st.DataObject, abort: bool) -> None:
+        sequence = data.draw(st.sampled_from(self.swapped))
+        num_computed_tokens = sequence.num_computed_tokens
+        if abort:
+            self.kv.free(sequence)
+            assert not sequence.host_blocks
+        elif self.kv.allocate(sequence, len(sequence.token_ids) + 1):
+            assert sequence.num_computed_tokens >= num_computed_tokens and not sequence.host_blocks
+            self.sequences.append(sequence)
+        else:
+            assert sequence.num_computed_tokens == num_computed_tokens and not sequence.block_table
+            return
+        self.swapped.remove(sequence)
+
     @invariant()
     def integrity(self) -> None:
         self.kv.check_integrity()
+        assert bool(self.swapped) == (self.host.num_free < self.host.num_blocks)
 
     @invariant()
     def every_table_shows_its_own_tokens(self) -> None:
         for sequence in self.sequences:
-            seen = [token for block_id in sequence.block_table for token in self.content.get(block_id, [])]
-            computed = sequence.num_computed_tokens
+            table, num_computed = list(sequence.block_table), sequence.num_computed_tokens
             if sequence.block_copy is not None:
                 source, destination = sequence.block_copy
-                computed -= computed % BLOCK_SIZE
-                rest = sequence.token_ids[computed : sequence.num_computed_tokens]
-                assert self.content[source][: len(rest)] == rest, "the source of a copy was given away"
-                assert destination == sequence.block_table[computed // BLOCK_SIZE]
-            assert seen[:computed] == sequence.token_ids[:computed]
+                assert table[num_computed // BLOCK_SIZE] == destination
+                table[num_computed // BLOCK_SIZE] = source  # it is there that its content is still
+            expected = b"".join(token.to_bytes(4, "little") for token in sequence.token_ids[:num_computed])
+            assert self.storage.read(table, num_computed) == expected
 
 
 CacheMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

@@ -108,7 +108,7 @@ async def test_preemption_changes_no_token() -> None:
     for name, prompt in prompts.items():
         engine.add(make_request(name, prompt, 25))
     collected = await run_until_idle(engine)
-    assert engine.num_preemptions > 0
+    assert engine.pressure.num_preemptions > 0
     assert collected.tokens == {name: expected_tokens(prompt, 25) for name, prompt in prompts.items()}
     _assert_idle(engine)
 
@@ -243,7 +243,7 @@ async def test_a_preempted_reservation_computes_its_prompt_here() -> None:
     assert engine.admit() == (B,)
     await _hand_over(engine, runner, request)
     collected = await run_until_idle(engine)
-    assert engine.num_preemptions > 0
+    assert engine.pressure.num_preemptions > 0
     assert collected.tokens["a"][-19:] == expected_tokens(range(9), 20)[1:]
     assert collected.finished == {"a": "length", "b": "length"}
     _assert_idle(engine)

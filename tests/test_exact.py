@@ -307,6 +307,6 @@ def test_tokens_and_log_probabilities_of_the_engine(tmp_path: Path) -> None:
         engine = {"num_blocks": 96, "block_size": BLOCK, "bit_exact": True, "enable_prefix_caching": False}
         with LLM(str(directory), dtype="float32", **{**engine, **settings}) as llm:
             outputs = llm.generate(prompts, params)
-            assert ("num_blocks" in settings) == (llm.engine.num_preemptions > 0)
+            assert ("num_blocks" in settings) == (llm.engine.pressure.num_preemptions > 0)
         answers.append([(output.token_ids, output.logprobs) for output in outputs])
     assert all(answer == answers[0] for answer in answers)

@@ -246,7 +246,7 @@ async def test_families_under_pressure_with_random_aborts(enable_prefix_caching:
             engine.abort(victim)
         collected.add(await engine.step())
         engine.check_integrity()
-    assert engine.num_preemptions and aborted
+    assert engine.pressure.num_preemptions and aborted
     _assert_right(collected, [r for r in all_requests if r.request_id not in aborted])
     assert engine.num_used_blocks == 0
 

@@ -111,7 +111,7 @@ def test_a_prefix_hit_equals_generate(case: Case) -> None:
 def test_preemption_equals_generate(case: Case) -> None:
     with _llm(case, num_blocks=21, max_num_batched_tokens=100) as llm:
         _assert_equal(_generate(llm, case), case)
-        assert llm.engine.num_preemptions > 0
+        assert llm.engine.pressure.num_preemptions > 0
 
 
 def test_a_wrong_block_breaks_the_answer(case: Case) -> None:
@@ -150,7 +150,7 @@ def test_seeded_tokens_depend_on_nothing_but_the_request(gqa: Case) -> None:
         with _llm(gqa, **settings) as llm:
             answers.append([output.token_ids for output in llm.generate(gqa.prompts, params)])
             if "num_blocks" in settings:
-                assert llm.engine.num_preemptions > 0
+                assert llm.engine.pressure.num_preemptions > 0
     assert all(answer == answers[0] for answer in answers[1:])
     assert answers[0] != [list(reference.token_ids) for reference in gqa.references]
 

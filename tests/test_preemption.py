@@ -2,7 +2,8 @@
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import pytest
 from fake_model import (
@@ -14,16 +15,22 @@ from fake_model import (
     make_request,
     run_until_idle,
 )
+from prometheus_client import CollectorRegistry
 
 from baton.clock import SystemClock, VirtualClock
+from baton.engine.batch import StepOutput
 from baton.engine.budget import StepBudget
+from baton.engine.engine import Engine
 from baton.engine.preemption import Preemption
 from baton.engine.rates import StepRates
 from baton.engine.sequence import Sequence
+from baton.engine.worker import Worker
 from baton.errors import ConfigError
 from baton.kv.cache_manager import KVCacheManager
 from baton.kv.offload import HostBlocks
 from baton.request import BlockId, Request, RequestId
+from baton.telemetry import WorkerMetrics
+from baton_cli.compose import count_steps
 
 BLOCK_BYTES = 16  # of the fake storage with blocks of four tokens
 
@@ -56,14 +63,14 @@ async def test_tokens_are_the_same_with_swap_space_and_without(
         engine.add(make_request(name, prompt, 25))
     collected = await run_until_idle(engine)
     assert collected.tokens == {name: expected_tokens(prompt, 25) for name, prompt in prompts.items()}
-    assert engine.num_preemptions > 0
+    assert engine.pressure.num_preemptions > 0
     if swap_blocks == 100:
         # Each token's KV is computed once: nothing was lost.
-        assert engine.num_swapped == engine.num_preemptions
+        assert engine.pressure.num_swapped == engine.pressure.num_preemptions
         computed = sum(batch.num_tokens for batch in runner.batches)
         assert computed == sum(len(prompt) + 24 for prompt in prompts.values())
     elif swap_blocks == 0:
-        assert engine.num_swapped == 0
+        assert engine.pressure.num_swapped == 0
 
 
 async def test_what_was_handed_over_survives_being_swapped() -> None:
@@ -82,7 +89,7 @@ async def test_what_was_handed_over_survives_being_swapped() -> None:
     runner.storage.write(sequence.block_table, 0, remote.prompt_token_ids)
     engine.activate(RequestId("b"), expected_tokens(range(30, 36), 1)[0])
     await run_until_idle(engine, collected)
-    assert engine.num_swapped > 0
+    assert engine.pressure.num_swapped > 0
     assert collected.tokens["b"] == expected_tokens(range(30, 36), 16)[1:]
     rows = [row for batch in runner.batches for row in batch.rows if row.request_id == "b"]
     assert all(len(row.token_ids) == 1 for row in rows)
@@ -92,7 +99,7 @@ async def test_abort_while_swapped_gives_everything_back() -> None:
     engine, _ = make_engine(num_blocks=6, swap_space_bytes=100 * BLOCK_BYTES)
     engine.add(make_request("a", range(7), 16))
     engine.add(make_request("b", range(30, 37), 16))
-    while not engine.num_swapped:
+    while not engine.pressure.num_swapped:
         await engine.step()
     sequence = engine.sequence(RequestId("b"))
     assert sequence is not None and sequence.host_blocks and not sequence.block_table
@@ -118,7 +125,11 @@ async def test_swap_under_random_aborts() -> None:
             engine.abort(RequestId(victim))
         collected.add(await engine.step())
         engine.check_integrity()
-    assert engine.num_swapped and engine.num_swapped < engine.num_preemptions and aborted
+    assert (
+        engine.pressure.num_swapped
+        and engine.pressure.num_swapped < engine.pressure.num_preemptions
+        and aborted
+    )
     for name in prompts.keys() - aborted:
         assert collected.tokens[name] == expected_tokens(prompts[name], 20)
 
@@ -188,7 +199,7 @@ async def test_a_step_that_does_not_fit_is_tried_again_with_less(room: int, ahea
     collected = await run_until_idle(engine)
     assert collected.tokens.pop("fork") == expected_tokens(prompts["0"], 10, seed=1)
     assert collected.tokens == {name: expected_tokens(prompt, 10) for name, prompt in prompts.items()}
-    assert engine.num_retries > 0 and engine.num_used_blocks == 0
+    assert engine.pressure.num_retries > 0 and engine.num_used_blocks == 0
 
 
 async def test_requests_end_when_not_even_one_token_fits_and_the_engine_lives() -> None:
@@ -215,3 +226,32 @@ def test_the_budget_halves_and_comes_back() -> None:
         retries += 1
     assert retries == 8
     assert not budget.did_not_fit(1)
+
+
+async def test_pressure_is_told_as_metrics() -> None:
+    class OneEngine:
+        """What `count_steps` needs of a worker."""
+
+        def __init__(self, engine: Engine) -> None:
+            self.engine = engine
+
+        def listen(self, listener: Callable[[StepOutput], None]) -> None:
+            self.listener = listener
+
+    engine, runner = make_engine(num_blocks=6, swap_space_bytes=3 * BLOCK_BYTES)
+    registry, worker = CollectorRegistry(), OneEngine(engine)
+    count_steps(cast(Worker, worker), WorkerMetrics(registry))
+    engine.add(make_request("a", range(7), 16))
+    engine.add(make_request("b", range(30, 37), 16))
+    runner.room = 6
+    while engine.has_work:
+        worker.listener(await engine.step())
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, labels)
+
+    pressure = engine.pressure
+    assert value("baton_preemptions_total", kind="swapped") == pressure.num_swapped
+    assert value("baton_preemptions_total", kind="recomputed") == pressure.num_recomputed
+    assert value("baton_step_retries_total") == pressure.num_retries > 0
+    assert pressure.num_preemptions > 0

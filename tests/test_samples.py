@@ -226,6 +226,6 @@ def test_samples_make_way_for_each_other_where_the_pool_is_small() -> None:
     async def story(fleet: SimulatedFleet) -> None:
         request = make_request(num_prompt=60, max_tokens=60)
         assert await fleet.ask_samples(request) == [right(config, request)] * NUM_SAMPLES
-        assert sum(worker.engine.num_preemptions for worker in fleet.workers.values()) > 0
+        assert sum(worker.engine.pressure.num_preemptions for worker in fleet.workers.values()) > 0
 
     in_a_fleet(config, story)

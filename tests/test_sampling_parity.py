@@ -75,7 +75,7 @@ def _in_process(directory: Path, prompts: list[tuple[int, ...]], **settings: int
         outputs = llm.generate(prompts, list(KINDS.values()))
         llm.engine.check_integrity()
         if settings.get("num_blocks"):
-            assert llm.engine.num_preemptions > 0
+            assert llm.engine.pressure.num_preemptions > 0
     assert not any(output.error for output in outputs)
     return {name: (output.token_ids, output.logprobs) for name, output in zip(KINDS, outputs, strict=True)}
 

@@ -174,7 +174,7 @@ async def test_nobody_is_preempted_for_a_step_ahead() -> None:
     engine.add(make_request("a", range(7), 16))
     engine.add(make_request("b", range(30, 37), 16))
     collected = await run_until_idle(engine)
-    assert engine.num_preemptions > 0 and runner.num_ahead > 0
+    assert engine.pressure.num_preemptions > 0 and runner.num_ahead > 0
     assert collected.tokens == {
         "a": expected_tokens(range(7), 16),
         "b": expected_tokens(range(30, 37), 16),
@@ -239,7 +239,7 @@ async def test_everything_at_once_gives_the_tokens_of_each_alone(enable_prefix_c
             if sequence is not None and sequence.status is SequenceStatus.HELD:
                 engine.release(RequestId(name))
     lost |= {name for name, reason in collected.finished.items() if reason == "error"}
-    assert runner.num_ahead > 50 and engine.num_preemptions and lost
+    assert runner.num_ahead > 50 and engine.pressure.num_preemptions and lost
     right = {name: tokens for name, tokens in wanted.items() if name not in lost}
     assert {name: tokens for name, tokens in collected.tokens.items() if name not in lost} == right
     assert engine.num_used_blocks == 0

@@ -141,6 +141,17 @@ class WorkerMetrics:
         self._running, self._waiting = requests.labels("running"), requests.labels("waiting")
         tokens = Counter("baton_tokens", "Tokens computed.", ["kind"], registry=registry)
         self._prompt_tokens, self._output_tokens = tokens.labels("prompt"), tokens.labels("output")
+        self._preemptions = Counter(
+            "baton_preemptions",
+            "Requests that gave their KV blocks back while they ran; kind: swapped, recomputed.",
+            ["kind"],
+            registry=registry,
+        )
+        self._step_retries = Counter(
+            "baton_step_retries",
+            "Steps that did not fit into memory and were tried again.",
+            registry=registry,
+        )
         self._corrupted = Counter(
             "baton_corrupted_requests",
             "Requests that failed because the model's logits were no numbers.",
@@ -197,6 +208,11 @@ class WorkerMetrics:
         self._steps.observe(seconds)
         self._prompt_tokens.inc(num_prompt_tokens)
         self._output_tokens.inc(num_output_tokens)
+
+    def count_pressure(self, *, swapped: int, recomputed: int, retries: int) -> None:
+        self._preemptions.labels("swapped").inc(swapped)
+        self._preemptions.labels("recomputed").inc(recomputed)
+        self._step_retries.inc(retries)
 
     def count_corrupted(self, num_requests: int) -> None:
         self._corrupted.inc(num_requests)

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from baton.clock import Clock, SystemClock
 from baton.config import WorkerConfig
-from baton.engine.batch import StepOutput
+from baton.engine.batch import Pressure, StepOutput
 from baton.engine.engine import Engine
 from baton.engine.model_runner import LoadedModel, load_runner
 from baton.engine.policy import policy_for
@@ -170,11 +170,22 @@ async def _metrics(
 
 
 def count_steps(worker: Worker, metrics: WorkerMetrics) -> None:
+    seen = Pressure()
+
     def on_step(output: StepOutput) -> None:
+        nonlocal seen
         engine, load = worker.engine, worker.engine.load()
         used = engine.num_used_blocks
         metrics.set_blocks(used=used, free=engine.num_blocks - used, total=engine.num_blocks)
         metrics.set_requests(running=load.num_running, waiting=load.num_waiting)
+        pressure = engine.pressure
+        if pressure != seen:
+            metrics.count_pressure(
+                swapped=pressure.num_swapped - seen.num_swapped,
+                recomputed=pressure.num_recomputed - seen.num_recomputed,
+                retries=pressure.num_retries - seen.num_retries,
+            )
+            seen = pressure
         metrics.count_corrupted(sum(row.corrupted for row in output.outputs))
         if output.num_tokens:
             num_output = sum(len(row.token_ids) for row in output.outputs)

@@ -137,6 +137,19 @@ class LayerProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class Pressure:
+    """What an engine has had to do since its start because memory was short."""
+
+    num_swapped: int = 0  # requests that gave their blocks back, their KV kept in host memory
+    num_recomputed: int = 0  # the same, their KV computed again
+    num_retries: int = 0  # steps that did not fit into the device's memory
+
+    @property
+    def num_preemptions(self) -> int:
+        return self.num_swapped + self.num_recomputed
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
     outputs: tuple[SequenceOutput, ...]
     admitted: tuple[RequestId, ...]  # reservations that got their blocks

@@ -20,30 +20,24 @@ from collections.abc import Callable, Iterable, Iterator
 
 from baton.clock import Clock
 from baton.config import EngineConfig
-from baton.engine.batch import LayerListener, LayerProgress, ModelRunner, SequenceOutput, StepOutput
+from baton.engine.batch import LayerListener, LayerProgress, ModelRunner, Pressure, StepOutput
 from baton.engine.budget import StepBudget
 from baton.engine.intake import Intake
+from baton.engine.outcomes import Outcomes
 from baton.engine.policy import MIXED, AdmissionPolicy, Kind
 from baton.engine.preemption import Preemption
 from baton.engine.rates import StepRates
 from baton.engine.scheduler import Scheduler
 from baton.engine.sequence import ScheduledRow, Sequence, SequenceStatus
 from baton.engine.steps import EndedStep, Steps
-from baton.errors import BatonError, ConfigError, InvalidRequest, OutOfMemory, Overloaded
+from baton.errors import ConfigError, InvalidRequest, OutOfMemory, Overloaded
 from baton.kv.block import BlockHash
 from baton.kv.cache_manager import KVCacheManager
 from baton.kv.offload import HostBlocks
 from baton.messages import Load
-from baton.request import FinishReason, PromptLogprobs, Request, RequestId, TokenLogprobs
+from baton.request import FinishReason, Request, RequestId
 
 _log = logging.getLogger(__name__)
-
-# What a runner gives in place of a token.
-_NO_NUMBER = -1
-_NO_TOKEN = {
-    _NO_NUMBER: "the model's logits are not numbers",
-    -2: "the request's own limits allow no further token",
-}
 
 
 class Engine:
@@ -83,6 +77,7 @@ class Engine:
         self._preemption = Preemption(self._kv, self._rates)
         self._scheduler = Scheduler(self._kv, self._preemption, max_num_seqs=config.max_num_seqs)
         self._intake = Intake(runner)
+        self._outcomes = Outcomes(self._kv, self._scheduler, self._drop)
         self._steps = Steps(runner, clock)
         self._sequences: dict[RequestId, Sequence] = {}
         self._granted: list[RequestId] = []  # reservations that got blocks; the next step's output tells
@@ -125,7 +120,7 @@ class Engine:
         reservation."""
         sequence = self._reserved(request_id, first_token)
         self._kv.commit(sequence, sequence.request.num_prompt_tokens)
-        self._append(sequence, first_token)
+        sequence.append(first_token)
         return self._start(sequence)
 
     def recompute(self, request_id: RequestId, first_token: int | None) -> FinishReason | None:
@@ -135,7 +130,7 @@ class Engine:
         sequence = self._reserved(request_id, first_token)
         sequence.remote = False
         if first_token is not None:
-            self._append(sequence, first_token)
+            sequence.append(first_token)
         return self._start(sequence)
 
     def abort(self, request_id: RequestId) -> None:
@@ -176,7 +171,8 @@ class Engine:
             raise
         if isinstance(ended.error, OutOfMemory) and self._budget.did_not_fit(ended.num_tokens):
             return await self._take_back(ended)
-        outputs = tuple(self._process(ended))
+        self._note(ended)
+        outputs = tuple(self._outcomes.of(ended))
         return StepOutput(outputs, self._take_granted(), ended.num_tokens, ended.seconds)
 
     def _launch(self) -> bool:
@@ -185,6 +181,14 @@ class Engine:
         if rows:
             self._steps.launch(rows, self._layer_listener(rows))
         return bool(rows)
+
+    def _note(self, step: EndedStep) -> None:
+        if step.error is not None:
+            _log.error("a step of %d sequences failed", len(step.rows), exc_info=step.error)
+            return
+        num_decode = sum(row.num_tokens == 1 for row in step.rows)
+        self._rates.note(num_decode, step.num_tokens - num_decode, step.seconds)
+        self._budget.fitted()
 
     async def _take_back(self, step: EndedStep) -> StepOutput:
         """It did not fit. Nor may the next one, which counts on its tokens."""
@@ -252,18 +256,9 @@ class Engine:
         return len(self._sequences)
 
     @property
-    def num_preemptions(self) -> int:
-        return self._scheduler.num_preemptions
-
-    @property
-    def num_swapped(self) -> int:
-        """Of the preempted: those whose KV was kept in host memory."""
-        return self._preemption.num_swapped
-
-    @property
-    def num_retries(self) -> int:
-        """Steps that did not fit into the device's memory and were tried again with less."""
-        return self._budget.num_retries
+    def pressure(self) -> Pressure:
+        did = self._preemption
+        return Pressure(did.num_swapped, did.num_recomputed, self._budget.num_retries)
 
     def check_integrity(self) -> None:
         """Raises AssertionError."""
@@ -336,81 +331,6 @@ class Engine:
 
         return LayerListener(self._layer_ends, written)
 
-    def _process(self, step: EndedStep) -> Iterator[SequenceOutput]:
-        """Rows of sequences that ended meanwhile were for nothing."""
-        self._scheduler.ended(row.sequence for row in step.rows)
-        if step.error is not None:
-            _log.error("a step of %d sequences failed", len(step.rows), exc_info=step.error)
-        else:
-            num_decode = sum(row.num_tokens == 1 for row in step.rows)
-            self._rates.note(num_decode, step.num_tokens - num_decode, step.seconds)
-            self._budget.fitted()
-        drawn = iter(step.tokens)
-        for row in step.rows:
-            token = next(drawn) if row.sample and step.error is None else None
-            if row.sequence.finished:
-                continue
-            if step.error is not None:
-                yield self._fail(row.sequence, f"{type(step.error).__name__}: {step.error}")
-            elif token is not None and token < 0:
-                yield self._fail(row.sequence, _NO_TOKEN[token], corrupted=token == _NO_NUMBER)
-            else:
-                yield self._advance_or_fail(row.sequence, row.num_tokens, token)
-
-    def _advance_or_fail(self, sequence: Sequence, num_tokens: int, token: int | None) -> SequenceOutput:
-        try:
-            return self._advance(sequence, num_tokens, token)
-        except BatonError as error:  # a grammar that can go no further
-            return self._fail(sequence, error.message)
-
-    def _advance(self, sequence: Sequence, num_tokens: int, token: int | None) -> SequenceOutput:
-        prompt_logprobs = _take_prompt_logprobs(sequence) if token is not None else None
-        self._kv.commit(sequence, sequence.num_computed_tokens + num_tokens)
-        num_computed_tokens, first_index = sequence.num_computed_tokens, sequence.num_output_tokens
-        if token is not None:
-            self._append(sequence, token)
-            if sequence.prefill_only:
-                self._scheduler.hold(sequence)
-            elif sequence.finished:
-                self._drop(sequence)
-        new_tokens = () if token is None else (token,)
-        return SequenceOutput(
-            sequence.request_id,
-            num_computed_tokens,
-            first_index,
-            new_tokens,
-            sequence.finish_reason,
-            logprobs=_logprobs(sequence) if new_tokens else (),
-            prompt_logprobs=prompt_logprobs,
-        )
-
-    def _append(self, sequence: Sequence, token: int) -> None:
-        sequence.token_ids.append(token)
-        request, state = sequence.request, sequence.sampling_state
-        if state is not None:
-            state.append(token)
-        if token in request.stop_ids or (state is not None and state.has_ended):
-            sequence.finish_reason = FinishReason.STOP
-        elif len(sequence.token_ids) >= sequence.max_num_tokens:
-            sequence.finish_reason = FinishReason.LENGTH
-
-    def _fail(self, sequence: Sequence, error: str, *, corrupted: bool = False) -> SequenceOutput:
-        sequence.finish_reason = FinishReason.ERROR
-        num_computed_tokens = sequence.num_computed_tokens
-        if sequence.prefill_only:
-            self._scheduler.hold(sequence)  # what it computed may be on the wire: release gives it back
-        else:
-            self._drop(sequence)
-        return SequenceOutput(
-            sequence.request_id,
-            num_computed_tokens,
-            sequence.num_output_tokens,
-            (),
-            FinishReason.ERROR,
-            error,
-            corrupted=corrupted,
-        )
-
     def _reserved(self, request_id: RequestId, first_token: int | None) -> Sequence:
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.status is not SequenceStatus.RESERVED:
@@ -440,14 +360,3 @@ def _num_to_compute(waiting: Sequence) -> int:
 
 def _kind(remote: bool, prefill_only: bool) -> Kind:
     return Kind.REMOTE if remote else Kind.PREFILL_ONLY if prefill_only else Kind.LOCAL
-
-
-def _logprobs(sequence: Sequence) -> tuple[TokenLogprobs, ...]:
-    state = sequence.sampling_state
-    return () if state is None or state.logprobs is None else (state.logprobs,)
-
-
-def _take_prompt_logprobs(sequence: Sequence) -> PromptLogprobs | None:
-    """Once: a sequence that is computed again has told them."""
-    scores, sequence.prompt_scores = sequence.prompt_scores, None
-    return None if scores is None else scores.result()

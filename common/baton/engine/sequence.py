@@ -86,6 +86,18 @@ class Sequence:
             return 0
         return num_tokens - self.next_start
 
+    def append(self, token: int) -> None:
+        """It has been drawn; `finish_reason` is set when it is the last. Raises what a grammar has against it."""
+        self.token_ids.append(token)
+        if self.sampling_state is not None:
+            self.sampling_state.append(token)
+        if token in self.request.stop_ids or (
+            self.sampling_state is not None and self.sampling_state.has_ended
+        ):
+            self.finish_reason = FinishReason.STOP
+        elif len(self.token_ids) >= self.max_num_tokens:
+            self.finish_reason = FinishReason.LENGTH
+
     def prompt_blocks(self, block_size: int) -> list[BlockId]:
         """Where the prompt's KV lies; the last block may be partly filled."""
         return self.block_table[: num_blocks_for(self.request.num_prompt_tokens, block_size)]
