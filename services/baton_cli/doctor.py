@@ -27,7 +27,9 @@ def diagnose(health: dict[str, Any], blocks: dict[str, Any]) -> list[Finding]:
     for worker_id, ledger in blocks["workers"].items():
         findings += _of_worker(worker_id, ledger)
     for pair in health["pairs"]:
-        findings.append(Finding(False, f"{pair['prefill']} -> {pair['decode']} over {pair['transport']}"))
+        findings.append(
+            Finding(False, f"{pair['prefill']} -> {pair['decode']} over {pair['transport'] or 'nothing yet'}")
+        )
     return sorted(findings, key=lambda finding: not finding.is_problem)
 
 
