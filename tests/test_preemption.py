@@ -3,6 +3,7 @@
 import logging
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -16,11 +17,14 @@ from fake_model import (
     run_until_idle,
 )
 from prometheus_client import CollectorRegistry
+from reference import make_model
 
 from baton.clock import SystemClock, VirtualClock
+from baton.config import EngineConfig, ModelConfig
 from baton.engine.batch import StepOutput
 from baton.engine.budget import StepBudget
 from baton.engine.engine import Engine
+from baton.engine.model_runner import load_runner
 from baton.engine.preemption import Preemption
 from baton.engine.rates import StepRates
 from baton.engine.sequence import Sequence
@@ -28,7 +32,7 @@ from baton.engine.worker import Worker
 from baton.errors import ConfigError
 from baton.kv.cache_manager import KVCacheManager
 from baton.kv.offload import HostBlocks
-from baton.request import BlockId, Request, RequestId
+from baton.request import BlockId, Request, RequestId, SamplingParams
 from baton.telemetry import WorkerMetrics
 from baton_cli.compose import count_steps
 
@@ -255,3 +259,32 @@ async def test_pressure_is_told_as_metrics() -> None:
     assert value("baton_preemptions_total", kind="recomputed") == pressure.num_recomputed
     assert value("baton_step_retries_total") == pressure.num_retries > 0
     assert pressure.num_preemptions > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_a_real_model_answers_the_same_with_swap_space_and_without(
+    tmp_path: Path, temperature: float
+) -> None:
+    directory = make_model("gqa", tmp_path)
+    rng = random.Random(0)
+    prompts = [tuple(rng.randrange(100) for _ in range(rng.randrange(5, 30))) for _ in range(5)]
+    answers = []
+    for num_blocks, swap_space_bytes in ((64, 0), (9, 0), (9, 2**20)):
+        config = EngineConfig(
+            num_blocks=num_blocks,
+            block_size=8,
+            swap_space_bytes=swap_space_bytes,
+            enable_prefix_caching=False,
+        )
+        model = load_runner(ModelConfig(str(directory)), config, fill_nan=True)
+        engine = Engine(config, model.runner, SystemClock(), model.fingerprint)
+        # Computing again is made to look dear, so that what can be swapped is.
+        engine._rates.note(0, 1, 1000.0)
+        for number, prompt in enumerate(prompts):
+            sampling = SamplingParams(max_tokens=25, temperature=temperature, seed=number)
+            engine.add(Request(RequestId(str(number)), prompt, sampling))
+        answers.append((await run_until_idle(engine)).tokens)
+        assert bool(engine.pressure.num_preemptions) == (num_blocks == 9)
+        assert bool(engine.pressure.num_swapped) == bool(swap_space_bytes)
+        await model.runner.aclose()
+    assert answers[0] == answers[1] == answers[2]
