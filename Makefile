@@ -18,7 +18,7 @@ SOURCES := common/baton services loadtest kernels
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints-cpu.txt
 
-.PHONY: install run test test-containers lint proto bench bench-engine bench-kernels bench-transfer bench-overlap kernel-gate survey \
+.PHONY: install run test test-containers lint docs audit proto bench bench-engine bench-kernels bench-transfer bench-overlap kernel-gate survey \
 	demo-model clean
 
 install: $(INSTALLED)
@@ -57,6 +57,15 @@ test-containers: $(INSTALLED)
 	tests/deploy/build_images.sh
 	. tests/deploy/podman_env.sh && PATH="$(abspath $(BIN)):$$PATH" BATON_TEST_CONTAINERS=1 \
 		$(BIN)/python -m pytest -v tests/deploy/test_containers.py $(ARGS)
+
+docs: $(INSTALLED)
+	$(BIN)/python -m mkdocs build --strict
+	@echo "build/site/index.html"
+
+# Known holes of what the images install. Needs the vulnerability service of the Python Package Index.
+audit: $(INSTALLED)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check pip-audit
+	$(BIN)/python -m pip_audit --no-deps --disable-pip -r services/pins.txt
 
 proto: $(INSTALLED)
 	$(BIN)/python scripts/gen_proto.py

@@ -59,6 +59,8 @@ def weight_files(directory: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConfigError(f"{index} has no weight_map")
+        if any(Path(name).name != name for name in weight_map.values()):
+            raise ConfigError(f"{index} names files outside of {directory}")
         files = [directory / name for name in sorted(set(weight_map.values()))]
     else:
         files = [directory / "model.safetensors"]
