@@ -116,6 +116,7 @@ class RouterConfig:
     prefill_timeout_s: Seconds = 120.0  # from the ticket to the first token
     reserve_timeout_s: Seconds = 30.0  # from submission to the ticket
     session_timeout_s: Seconds = 5.0  # a decode session without any message for this long is lost
+    api_keys_file: str | None = None  # one key per line; /v1 and gRPC then need Authorization: Bearer
     max_num_requests: Count = 1024  # in flight; more are refused with 429
     canary_interval_s: Seconds = 300.0  # a pair that carries traffic proves itself again this often
     stop_grace_s: Seconds = 5.0  # after SIGTERM, for running requests to end

@@ -3,6 +3,7 @@
 BatonError
 ├── RequestError            the caller's mistake; HTTP 4xx
 │   ├── InvalidRequest      400  a field is wrong; `param` names it
+│   ├── Unauthenticated     401  no API key, or an unknown one
 │   ├── ModelNotFound       404
 │   └── RequestTooLarge     400  longer than max_model_len or than the whole pool
 ├── Overloaded              429  no capacity; `retry_after_s` says when to come back
@@ -39,6 +40,10 @@ class RequestError(BatonError):
 
 class InvalidRequest(RequestError):
     pass
+
+
+class Unauthenticated(RequestError):
+    code, status = "invalid_api_key", 401
 
 
 class ModelNotFound(RequestError):
@@ -95,6 +100,7 @@ BY_CODE: dict[str, type[BatonError]] = {
     for cls in (
         InternalError,
         InvalidRequest,
+        Unauthenticated,
         ModelNotFound,
         RequestTooLarge,
         Overloaded,

@@ -22,6 +22,7 @@ from baton_cli.first_request import show_first_request
 from baton_cli.private_redis import find_redis_server
 from baton_cli.supervisor import Child, ChildDied, ChildSpec, StartTimeout, Supervisor
 from baton_cli.view import View
+from baton_router.api_keys import read_keys
 
 READY_POLL_S = 0.05
 KILL_AFTER_S = 5.0  # behind the time that children give their running requests
@@ -93,7 +94,9 @@ class Up:
         took_s = asyncio.get_running_loop().time() - started_s
         self.view.note(f"\nready after {took_s:.1f} s on {base_url}", "bold")
         if first_request:
-            async with ChatClient(base_url) as client:
+            file = self.config.api_keys_file
+            api_key = None if file is None else read_keys(file)[0]
+            async with ChatClient(base_url, api_key=api_key) as client:
                 model = await client.first_model()
                 is_demo = self.config.model.model == "demo"
                 await show_first_request(client, model, is_demo=is_demo, console=self.view.console)

@@ -18,7 +18,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import baton
-from baton.errors import BatonError, ConfigError, InvalidRequest
+from baton.errors import BatonError, ConfigError, InvalidRequest, Unauthenticated
+from baton_router.api_keys import ApiKeys
 from baton_router.fleet_view import FleetView
 from baton_router.front_door import FrontDoor
 from baton_router.openai.api import Api
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 * 2**20
 BACKLOG = 2048
+KEYED = "/v1"
 CLEAN_UP_S = 2.0  # for cancelled requests to say so
 REQUEST_ID = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")
 BAD_REQUEST_ID = InvalidRequest(
@@ -38,7 +40,9 @@ BAD_REQUEST_ID = InvalidRequest(
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def create_app(door: FrontDoor, fleet: FleetView, *, max_body_bytes: int = MAX_BODY_BYTES) -> "App":
+def create_app(
+    door: FrontDoor, fleet: FleetView, *, keys: ApiKeys | None = None, max_body_bytes: int = MAX_BODY_BYTES
+) -> "App":
     api = Api(door, fleet, max_body_bytes=max_body_bytes)
     app = FastAPI(
         title="Baton",
@@ -49,17 +53,20 @@ def create_app(door: FrontDoor, fleet: FleetView, *, max_body_bytes: int = MAX_B
     for kind in (BatonError, HTTPException, Exception):
         app.add_exception_handler(kind, on_error)
     app.include_router(api.routes())
-    return App(app, api.answering(), door)
+    return App(app, api.answering(), door, keys)
 
 
 class App:
     """The outermost ASGI application: gives every exchange its id, counts how it ended, and calls the endpoints
     that answer prompts itself: FastAPI's stack would cost as much again as all the rest of a short request."""
 
-    def __init__(self, app: ASGIApp, answering: Mapping[str, Endpoint], door: FrontDoor) -> None:
+    def __init__(
+        self, app: ASGIApp, answering: Mapping[str, Endpoint], door: FrontDoor, keys: ApiKeys | None
+    ) -> None:
         self._app = app
         self._answering = answering
         self._door = door
+        self._keys = keys
 
     def cancel_all(self) -> None:
         self._door.cancel_all()
@@ -68,7 +75,8 @@ class App:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        wanted = Headers(scope=scope).get("x-request-id")
+        headers = Headers(scope=scope)
+        wanted = headers.get("x-request-id")
         is_valid = wanted is not None and REQUEST_ID.fullmatch(wanted) is not None
         request_id = wanted if wanted is not None and is_valid else self._door.draw_id()
         exchange = Exchange(request_id, self._door.clock.now(), send)
@@ -83,6 +91,8 @@ class App:
         try:
             if wanted is not None and not is_valid:
                 await error_response(BAD_REQUEST_ID)(scope, receive, send_with_id)
+            elif (refused := self._refused(scope, headers)) is not None:
+                await error_response(refused)(scope, receive, send_with_id)
             elif scope["method"] == "POST" and (endpoint := self._answering.get(scope["path"])) is not None:
                 await self._answer(endpoint, scope, receive, send_with_id)
             else:
@@ -94,6 +104,15 @@ class App:
                 "baton.exchange"
             ]  # the server's `send` holds the scope: a cycle for the garbage collector
             self._door.metrics.count(self._endpoint(scope), exchange.status)
+
+    def _refused(self, scope: Scope, headers: Headers) -> Unauthenticated | None:
+        """Only OpenAI's part needs a key: probes and monitoring have none."""
+        if self._keys is not None and scope["path"].startswith(KEYED):
+            try:
+                self._keys.check(headers.get("authorization"))
+            except Unauthenticated as error:
+                return error
+        return None
 
     async def _answer(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)

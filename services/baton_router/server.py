@@ -18,6 +18,7 @@ from baton.index.redis import RedisIndex
 from baton.model_files import resolve_model
 from baton.rpc import GrpcRpc, Server
 from baton.tokenizer import load_tokenizer
+from baton_router.api_keys import load_api_keys
 from baton_router.app import HttpServer, create_app, serve_http
 from baton_router.fleet import Fleet
 from baton_router.front_door import FrontDoor
@@ -37,6 +38,7 @@ Ready = Callable[[dict[str, Any]], None]
 async def run_router(config: RouterConfig, *, stop: asyncio.Event, ready: Ready) -> None:
     """One router, until `stop` is set. `ready` gets what `baton up` shows of it. Raises ConfigError."""
     clock, emit = SystemClock(), LogEvents(log)
+    keys = load_api_keys(config.api_keys_file)
     model_dir = await asyncio.to_thread(
         resolve_model, config.model.model, config.model.revision, TOKENIZER_FILES
     )
@@ -45,7 +47,7 @@ async def run_router(config: RouterConfig, *, stop: asyncio.Event, ready: Ready)
         index = _index(config, clock)
         if index is not None:
             closing.push_async_callback(index.aclose)
-        rpc = GrpcRpc(clock)
+        rpc = GrpcRpc(clock, authorize=keys.check if keys else None)
         mirror = PrefixMirror(clock, grace_s=MIRROR_GRACE_LEASES * config.index.lease_s)
         fleet = Fleet(config, rpc, mirror, index, clock, emit)
         rng = random.SystemRandom()
@@ -64,7 +66,7 @@ async def run_router(config: RouterConfig, *, stop: asyncio.Event, ready: Ready)
         closing.push_async_callback(_cancelled, following)
         grpc = await rpc.serve(f"{config.host}:{config.grpc_port}", RouterService(door, fleet).handlers())
         closing.push_async_callback(grpc.aclose, 0.1)
-        http = await serve_http(create_app(door, fleet), config.host, config.port)
+        http = await serve_http(create_app(door, fleet, keys=keys), config.host, config.port)
         closing.push_async_callback(_drained, http, grpc, config.stop_grace_s)
         grpc.set_serving(True)
         tune_garbage_collector()

@@ -232,7 +232,7 @@ def test_settings_arrive_as_written(tmp_path: Path) -> None:
 def test_what_the_chart_owns_is_set_by_it() -> None:
     left_to_the_code = {"worker_id", "workers", "index.index"}
     set_in_files = {"roles"}
-    manifests = rendered({})
+    manifests = rendered({"router": {"apiKeysSecret": "keys"}})
     names = {entry["name"] for workload in ours(manifests) for entry in container_of(workload)["env"]}
     assert {env_name(path) for path in CHART_OWNED - left_to_the_code - set_in_files} <= names
 
@@ -583,7 +583,7 @@ def test_pods_pass_the_restricted_level(case: list[Manifest]) -> None:
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
         kinds = {kind for volume in spec["volumes"] for kind in volume} - {"name"}
-        assert kinds <= {"configMap", "emptyDir", "persistentVolumeClaim"}
+        assert kinds <= {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -607,6 +607,21 @@ def test_secrets_are_named_and_never_written(case: list[Manifest]) -> None:
     for workload in ours(case):
         for entry in container_of(workload)["env"]:
             assert entry["name"] != "HF_TOKEN" or set(entry["valueFrom"]) == {"secretKeyRef"}
+
+
+def test_api_keys_come_from_a_secret_to_the_router_alone(tmp_path: Path) -> None:
+    manifests = rendered({"router": {"apiKeysSecret": "keys"}})
+    for workload in ours(manifests):
+        volumes, config = pod_of(workload)["spec"]["volumes"], config_of(manifests, workload, tmp_path)
+        secrets = [volume["secret"] for volume in volumes if "secret" in volume]
+        if not isinstance(config, RouterConfig):
+            assert secrets == []
+            continue
+        (secret,) = secrets
+        (mount,) = (m for m in container_of(workload)["volumeMounts"] if m["name"] == "api-keys")
+        assert secret["secretName"] == "keys"
+        assert config.api_keys_file == f"{mount['mountPath']}/{secret['items'][0]['path']}"
+    assert "Bearer $API_KEY" in notes({"router": {"apiKeysSecret": "keys"}})
 
 
 def test_containers_are_complete(case: list[Manifest]) -> None:

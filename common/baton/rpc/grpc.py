@@ -29,9 +29,11 @@ CLEAN_UP_S = 5.0  # for handlers that a closing server has cancelled
 MAX_MESSAGE_BYTES = 64 << 20  # a watch's snapshot of 3 million blocks; a prompt of 16 million tokens
 
 Code = grpc.StatusCode
+Authorize = Callable[[str | None], None]  # gets the header "authorization"; raises Unauthenticated
 
 _STATUS_OF: dict[str, grpc.StatusCode] = {
     errors.InvalidRequest.code: Code.INVALID_ARGUMENT,
+    errors.Unauthenticated.code: Code.UNAUTHENTICATED,
     errors.ModelNotFound.code: Code.NOT_FOUND,
     errors.RequestTooLarge.code: Code.INVALID_ARGUMENT,
     errors.Overloaded.code: Code.RESOURCE_EXHAUSTED,
@@ -80,16 +82,18 @@ _CHANNEL_OPTIONS = (
 
 
 class GrpcRpc(Rpc):
-    """To be used inside one running event loop: grpc.aio knows one per process."""
+    """To be used inside one running event loop: grpc.aio knows one per process. `authorize` is asked by its servers
+    before every call; health and reflection are open."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, authorize: Authorize | None = None) -> None:
         self._clock = clock
+        self._authorize = authorize
         # It tells stderr of every connection that ends, which is no news. Read when the first server or channel starts.
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
     async def serve(self, address: str, handlers: Handlers) -> Server:
         await _check_free(address)
-        server = _GrpcServer(handlers, self._clock)
+        server = _GrpcServer(handlers, self._clock, self._authorize)
         await server.start(address)
         return server
 
@@ -101,8 +105,9 @@ class GrpcRpc(Rpc):
 
 
 class _GrpcServer(Server):
-    def __init__(self, handlers: Handlers, clock: Clock) -> None:
+    def __init__(self, handlers: Handlers, clock: Clock, authorize: Authorize | None) -> None:
         self._clock = clock
+        self._authorize = authorize
         self._running: set[asyncio.Task[Any]] = set()
         self._server = grpc.aio.server(options=_SERVER_OPTIONS)
         services = sorted({method.service for method in handlers})
@@ -147,6 +152,8 @@ class _GrpcServer(Server):
             assert task is not None
             self._running.add(task)
             try:
+                if self._authorize is not None:
+                    self._authorize(_authorization(context))
                 await respond(method, handler, _Decoded(method, requests), _encoding(method, context))
             except BatonError as error:
                 await context.abort(*_to_status(error))
@@ -154,6 +161,10 @@ class _GrpcServer(Server):
                 self._running.discard(task)
 
         return serve_call
+
+
+def _authorization(context: Any) -> str | None:
+    return next((value for key, value in context.invocation_metadata() if key == "authorization"), None)
 
 
 class _Decoded(AsyncIterator[Any]):

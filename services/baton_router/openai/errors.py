@@ -29,6 +29,8 @@ def error_response(error: BatonError) -> Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
     return Response(error_body(error), error.status, headers, "application/json")
 
 
