@@ -1,6 +1,7 @@
 """The runner's promises to the engine, and the ops against a plain float64 reference."""
 
 import asyncio
+import os
 import threading
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from baton.config import EngineConfig, ModelConfig
 from baton.engine.batch import Batch, BatchRow
 from baton.engine.model_runner import TorchModelRunner, load_runner
-from baton.errors import InternalError
+from baton.errors import ConfigError, InternalError
 from baton.kv.layout import KVLayout, LayerLayout
 from baton.kv.storage import KVStorage
 from baton.request import BlockId, RequestId, SamplingParams
@@ -154,3 +155,20 @@ def test_attention_over_pages_equals_attention_in_a_row(
                 seen = start + i + 1
                 expected = _attend(query[i], keys[row][:seen], values[row][:seen], 0.3)
                 torch.testing.assert_close(out[i].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+async def test_the_models_threads_stay_on_their_cores() -> None:
+    core = min(os.sched_getaffinity(0))
+    loaded = load_runner(ModelConfig(), EngineConfig(num_blocks=8, cpus=(core,)))
+    try:
+        there = await asyncio.get_running_loop().run_in_executor(
+            loaded.runner._thread, os.sched_getaffinity, 0
+        )
+        assert there == {core} != os.sched_getaffinity(0) or len(os.sched_getaffinity(0)) == 1
+    finally:
+        await loaded.runner.aclose()
+
+
+def test_a_core_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match="core 4096"):
+        load_runner(ModelConfig(), EngineConfig(num_blocks=8, cpus=(4096,)))

@@ -56,6 +56,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True  # keep blocks of finished requests for prompts that begin alike
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where the model runs
     num_threads: Count = 1  # OpenMP threads of this worker
+    cpus: tuple[Annotated[int, Ge(0)], ...] = ()  # cores that the model's threads stay on; default: any
     bit_exact: bool = False  # logits never depend on batch or chunks, bit for bit; float32 on the CPU, slower
     quantization: Literal["int8"] | None = None  # int8: linear layers in 8 bits, on CPUs with AVX512-VNNI
     native_ops: bool = True  # on the CPU, Baton's compiled operations and packed weights; off: plain torch

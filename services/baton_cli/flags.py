@@ -19,10 +19,15 @@ MODEL = ("model.model", "model.served_model_name", "model.max_model_len")
 INDEX = ("index.index", "index.redis_url")
 ENGINE = (
     "model.dtype",
+    "engine.quantization",
+    "engine.bit_exact",
     "engine.max_num_seqs",
     "engine.max_num_batched_tokens",
     "engine.block_size",
     "engine.num_blocks",
+    "engine.gpu_memory_utilization",
+    "engine.cpu_memory_utilization",
+    "engine.swap_space_bytes",
     "engine.enable_prefix_caching",
     "engine.device",
     "engine.num_threads",

@@ -5,6 +5,7 @@ Everything torch does here happens in one thread of its own, so the event loop s
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -56,6 +57,7 @@ class TorchModelRunner:
         max_model_len: int,
         max_num_seqs: int = 1,
         num_threads: int = 1,
+        cpus: tuple[int, ...] = (),
         layers: tuple[LayerSpec, ...] | None = None,
         grammars: Grammars | None = None,
         bit_exact: bool = False,
@@ -82,8 +84,7 @@ class TorchModelRunner:
         self._tells_layers = storage.data.device.type == "cpu"
         self._drawn: Tensor | None = None  # by the batch before; stays on the device
         self._masks = MaskMaker()
-        # The number of OpenMP threads is a property of the thread that starts them.
-        self._thread = ThreadPoolExecutor(1, "baton-model", torch.set_num_threads, (num_threads,))
+        self._thread = ThreadPoolExecutor(1, "baton-model", _start_thread, (num_threads, cpus))
 
     @property
     def storage(self) -> KVStorage:
@@ -217,6 +218,19 @@ class _Progress:
             self._loop.call_soon_threadsafe(self._batch.prepare_next)
 
 
+def _start_thread(num_threads: int, cpus: tuple[int, ...]) -> None:
+    """How many OpenMP threads there are, and on which cores, are properties of the thread that starts them."""
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+    torch.set_num_threads(num_threads)
+
+
+def _check_cpus(cpus: tuple[int, ...]) -> None:
+    strange = sorted(set(cpus) - os.sched_getaffinity(0))
+    if strange:
+        raise ConfigError(f"engine.cpus: this process may not run on core {strange[0]}")
+
+
 class LoadedModel(NamedTuple):
     runner: TorchModelRunner
     fingerprint: str
@@ -233,6 +247,7 @@ def load_runner(
     max_model_len = loader.model_length(config, model.max_model_len)
     device = loader.resolve_device(engine.device)
     dtype = loader.resolve_dtype(config, model.dtype, device)
+    _check_cpus(engine.cpus)
     torch.set_num_threads(engine.num_threads)
     if engine.bit_exact:
         exact.check(dtype, device)
@@ -257,6 +272,7 @@ def load_runner(
         max_model_len=max_model_len,
         max_num_seqs=engine.max_num_seqs,
         num_threads=engine.num_threads,
+        cpus=engine.cpus,
         layers=layers,
         grammars=Grammars(lambda: load_tokenizer(directory, num_threads=0), vocab_size),
         bit_exact=engine.bit_exact,
