@@ -60,7 +60,14 @@ KUBE_VERSIONS = (
     "1.33",
     "1.37",
 )  # the oldest that the chart supports, one between, the newest known here
-CUSTOM = {"HTTPRoute", "PodMonitor", "PrometheusRule", "ScaledObject"}  # not Kubernetes' own: no schema here
+CUSTOM = {
+    "Certificate",
+    "Issuer",
+    "HTTPRoute",
+    "PodMonitor",
+    "PrometheusRule",
+    "ScaledObject",
+}  # not Kubernetes' own: no schema here
 POD_IP = "10.1.2.3"
 REDIS_URL = "rediss://:secret@redis.example.com:6380/0"
 SCALED = {"minReplicas": 1, "maxReplicas": 2, "kvUsage": 0.5}
@@ -133,6 +140,7 @@ def test_the_oldest_version_tried_is_the_oldest_allowed() -> None:
         ({"workers": {"decode": {"ucx": {"UCX_TLS": "tcp"}}}}, "UCX_TLS"),
         ({"workers": {"router": {}}}, "router"),
         ({"workers": {"Decode": {}}}, "Decode"),
+        ({"kvTls": {"certManager": {"enabled": True, "issuer": {"kind": "Issuer"}}}}, "name"),
         ({"env": {"BATON_PORT": "1"}}, "BATON_PORT"),
         ({"images": {"router": {"tag": "latest"}}}, "tag"),
         ({"networkPolicy": {"clients": [{}]}}, "clients"),
@@ -148,6 +156,7 @@ def test_mistakes_in_values_are_named(values: dict[str, Any], complaint: str) ->
     [
         ({"redis": {"embedded": False}}, "redis.external.urlSecret"),
         ({"workers": {"decode": {"autoscaling": SCALED}}}, "prometheusUrl"),
+        ({"kvTls": {"secret": "a", "certManager": {"enabled": True}}}, "only one"),
         ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs"),
         ({"ingress": {"enabled": True, "tlsSecret": "tls"}}, "ingress.host"),
     ],
@@ -232,7 +241,7 @@ def test_settings_arrive_as_written(tmp_path: Path) -> None:
 def test_what_the_chart_owns_is_set_by_it() -> None:
     left_to_the_code = {"worker_id", "workers", "index.index"}
     set_in_files = {"roles"}
-    manifests = rendered({"router": {"apiKeysSecret": "keys"}})
+    manifests = rendered({"router": {"apiKeysSecret": "keys"}, "kvTls": {"secret": "tls"}})
     names = {entry["name"] for workload in ours(manifests) for entry in container_of(workload)["env"]}
     assert {env_name(path) for path in CHART_OWNED - left_to_the_code - set_in_files} <= names
 
@@ -622,6 +631,40 @@ def test_api_keys_come_from_a_secret_to_the_router_alone(tmp_path: Path) -> None
         assert secret["secretName"] == "keys"
         assert config.api_keys_file == f"{mount['mountPath']}/{secret['items'][0]['path']}"
     assert "Bearer $API_KEY" in notes({"router": {"apiKeysSecret": "keys"}})
+
+
+@pytest.mark.parametrize("certificate", [{"secret": "mine"}, {"certManager": {"enabled": True}}])
+def test_workers_find_their_certificate(tmp_path: Path, certificate: dict[str, Any]) -> None:
+    manifests = rendered({"kvTls": certificate})
+    for workload in ours(manifests):
+        volumes, config = pod_of(workload)["spec"]["volumes"], config_of(manifests, workload, tmp_path)
+        secrets = [volume["secret"]["secretName"] for volume in volumes if "secret" in volume]
+        if not isinstance(config, WorkerConfig):
+            assert secrets == []
+            continue
+        (mount,) = (m for m in container_of(workload)["volumeMounts"] if m["name"] == "kv-tls")
+        transfer, place = config.transfer, mount["mountPath"]
+        files = {transfer.tls_cert, transfer.tls_key, transfer.tls_ca}
+        assert files == {f"{place}/{key}" for key in ("tls.crt", "tls.key", "ca.crt")}
+        assert secrets == [certificate.get("secret", "demo-baton-kv-tls")]
+
+
+def test_cert_manager_signs_with_an_authority_of_the_release_or_a_given_one() -> None:
+    own = rendered({"kvTls": {"certManager": {"enabled": True}}})
+    issuers = {issuer["metadata"]["name"] for issuer in of_kind(own, "Issuer")}
+    certificates = {c["metadata"]["name"]: c["spec"] for c in of_kind(own, "Certificate")}
+    assert len(issuers) == len(certificates) == 2
+    assert {spec["issuerRef"]["name"] for spec in certificates.values()} == issuers
+    leaf = certificates["demo-baton-kv-tls"]
+    assert {"server auth", "client auth"} <= set(leaf["usages"])
+    (authority,) = (i["spec"]["ca"] for i in of_kind(own, "Issuer") if "ca" in i["spec"])
+    assert authority["secretName"] == certificates["demo-baton-kv-tls-ca"]["secretName"]
+
+    issuer = {"name": "company", "kind": "ClusterIssuer"}
+    given = rendered({"kvTls": {"certManager": {"enabled": True, "issuer": issuer}}})
+    assert of_kind(given, "Issuer") == []
+    (certificate,) = of_kind(given, "Certificate")
+    assert certificate["spec"]["issuerRef"] == {"group": "cert-manager.io", **issuer}
 
 
 def test_containers_are_complete(case: list[Manifest]) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -100,6 +101,13 @@ def free_ports(names: list[str]) -> dict[str, int]:
         return {name: sock.getsockname()[1] for name, sock in sockets.items()}
 
 
+def mounted_secrets(workload: Manifest, given: dict[str, Path]) -> dict[str, str]:
+    """Where the pod would find a Secret -> the directory of the test that stands for it."""
+    volumes = pod_of(workload)["spec"]["volumes"]
+    places = {m["name"]: m["mountPath"] for m in container_of(workload)["volumeMounts"]}
+    return {places[v["name"]]: str(given[v["secret"]["secretName"]]) for v in volumes if "secret" in v}
+
+
 def start_redis(workload: Manifest, directory: Path) -> Pod:
     server, *arguments = container_of(workload)["args"]
     assert server == "redis-server"
@@ -111,7 +119,9 @@ def start_redis(workload: Manifest, directory: Path) -> Pod:
     return Pod(workload, process, log, ports)
 
 
-def start(files: list[Manifest], workload: Manifest, directory: Path, redis_url: str) -> Pod:
+def start(
+    files: list[Manifest], workload: Manifest, directory: Path, redis_url: str, secrets: dict[str, Path]
+) -> Pod:
     container = container_of(workload)
     file = config_file(files, workload, directory)
     env = environment(container, pod_ip="127.0.0.1", secret="")
@@ -119,6 +129,8 @@ def start(files: list[Manifest], workload: Manifest, directory: Path, redis_url:
     env |= {name: str(port) for name, port in ports.items()}
     env |= {"HOME": str(directory), "HF_HOME": str(directory), "BATON_INDEX__REDIS_URL": redis_url}
     env |= {"PATH": os.environ["PATH"]}
+    for place, here in mounted_secrets(workload, secrets).items():
+        env = {name: value.replace(place, here) for name, value in env.items()}
     arguments = [
         str(file) if argument.startswith("/etc/baton/") else argument for argument in container["args"]
     ]
@@ -131,7 +143,7 @@ def start(files: list[Manifest], workload: Manifest, directory: Path, redis_url:
 
 
 @contextlib.asynccontextmanager
-async def release(values: dict[str, Any], directory: Path) -> AsyncIterator[dict[str, Pod]]:
+async def release(values: dict[str, Any], directory: Path, **secrets: Path) -> AsyncIterator[dict[str, Pod]]:
     files = manifests(values)
     pods: dict[str, Pod] = {}
     try:
@@ -139,7 +151,7 @@ async def release(values: dict[str, Any], directory: Path) -> AsyncIterator[dict
         pods["redis"] = start_redis(redis, directory)
         redis_url = f"redis://127.0.0.1:{pods['redis'].ports['redis']}/0"
         for workload in ours(files):
-            pods[component(workload)] = start(files, workload, directory, redis_url)
+            pods[component(workload)] = start(files, workload, directory, redis_url, secrets)
         yield pods
     finally:
         for pod in pods.values():
@@ -147,13 +159,16 @@ async def release(values: dict[str, Any], directory: Path) -> AsyncIterator[dict
             pod.process.wait()
 
 
-async def stream(pod: Pod, body: bytes, progress: asyncio.Event | None = None) -> list[dict[str, Any]]:
+async def stream(
+    pod: Pod, body: bytes, progress: asyncio.Event | None = None, key: str | None = None
+) -> list[dict[str, Any]]:
     """The chunks of one streamed answer; `progress` is set with the first."""
     url = f"http://127.0.0.1:{pod.port}/v1/chat/completions"
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
     chunks = []
     async with (
         httpx.AsyncClient(timeout=120.0) as client,
-        client.stream("POST", url, content=body, headers={"content-type": "application/json"}) as answer,
+        client.stream("POST", url, content=body, headers=headers) as answer,
     ):
         assert answer.status_code == 200, await answer.aread()
         async for line in answer.aiter_lines():
@@ -185,6 +200,51 @@ async def test_the_chart_serves_and_stops_without_loss(tmp_path: Path, transport
         await check_series(pods)
         await check_drain(pods)
         assert [await pods[name].stop() for name in ("prefill", "router", "redis")] == [0, 0, 0]
+
+
+@pytest.mark.slow
+async def test_the_chart_serves_with_keys_and_certificates(tmp_path: Path) -> None:
+    values = example("laptop-kind")
+    values["workerDefaults"]["settings"] = {"transfer": {"transport": "tcp"}}
+    values |= {"kvTls": {"secret": "tls"}, "router": values["router"] | {"apiKeysSecret": "keys"}}
+    secrets = {"tls": tmp_path / "tls", "keys": tmp_path / "keys"}
+    for directory in secrets.values():
+        directory.mkdir()
+    write_certificate(secrets["tls"])
+    (secrets["keys"] / "keys").write_text("sk-one\nsk-two\n")
+    async with release(values, tmp_path, **secrets) as pods:
+        for name in ("prefill", "decode", "router"):
+            await pods[name].until("startupProbe")
+            await pods[name].until("readinessProbe")
+        body = first_request(notes(values))
+        with pytest.raises(AssertionError, match="invalid_api_key"):
+            await stream(pods["router"], body)
+        chunks = await stream(pods["router"], body, key="sk-two")
+        assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"]).strip()
+        await check_fleet(pods, "tcp")
+        await check_encrypted(pods["decode"], secrets["tls"])
+        assert [await pods[name].stop() for name in ("prefill", "decode", "router", "redis")] == [0] * 4
+
+
+def write_certificate(directory: Path) -> None:
+    """As cert-manager writes them: tls.crt, tls.key, ca.crt; here the authority signs itself."""
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=kv", "-keyout", directory / "tls.key", "-out", directory / "tls.crt"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (directory / "ca.crt").write_bytes((directory / "tls.crt").read_bytes())
+
+
+async def check_encrypted(pod: Pod, directory: Path) -> None:
+    """The KV port speaks TLS 1.3 to who has a certificate."""
+    context = ssl.create_default_context(cafile=str(directory / "ca.crt"))
+    context.check_hostname = False
+    context.load_cert_chain(directory / "tls.crt", directory / "tls.key")
+    port = pod.ports["BATON_TRANSFER__PORT"]
+    _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+    assert writer.get_extra_info("ssl_object").version() == "TLSv1.3"
+    writer.transport.abort()
 
 
 async def check_fleet(pods: dict[str, Pod], transport: str) -> None:

@@ -63,6 +63,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- .Values.models.claim | default (ternary (printf "%s-models" (include "baton.fullname" .)) "" (not (empty .Values.models.createClaim))) -}}
 {{- end }}
 
+{{/* The Secret with the workers' certificate; empty without TLS. */}}
+{{- define "baton.kvTlsSecret" -}}
+{{- if and .Values.kvTls.secret .Values.kvTls.certManager.enabled }}
+{{- fail "kvTls.secret, kvTls.certManager: only one of the two" }}
+{{- end -}}
+{{- .Values.kvTls.secret | default (ternary (printf "%s-kv-tls" (include "baton.fullname" .)) "" .Values.kvTls.certManager.enabled) -}}
+{{- end }}
+
 {{/* What router and workers share. */}}
 {{- define "baton.env" -}}
 - name: HOME
