@@ -209,6 +209,9 @@ class ScriptedFleet:
             if Role.PREFILL in p.roles and Role.DECODE in d.roles and p.fingerprint == d.fingerprint
         ]
 
+    def bytes_per_s(self, prefill: WorkerId, decode: WorkerId) -> float | None:
+        return 1e9
+
     def transport(self, prefill: WorkerId, decode: WorkerId) -> str | None:
         return "tcp"
 

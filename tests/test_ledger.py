@@ -44,7 +44,7 @@ def test_a_hand_over_is_seen_on_both_sides_while_it_lasts() -> None:
             assert (source.purpose, target.purpose) == (Purpose.LEASED, Purpose.RECEIVING)
             assert "decode-2" in source.note
             assert target.lease_left_s is not None and 0 < target.lease_left_s <= config.transfer.lease_s
-            assert re.fullmatch(r"\d+% of the KV has arrived", target.note)
+            assert re.fullmatch(r"\d+% of the KV from prefill-1 has arrived", target.note)
             client.cancel()
             await asyncio.gather(client, return_exceptions=True)
             await clock.sleep(3.0)
@@ -86,7 +86,7 @@ def test_it_adds_up_at_every_moment_under_load_with_cancels_and_deaths() -> None
 
 def health(**changes: Any) -> dict[str, Any]:
     worker = {"id": "decode-0", "ready": True}
-    pair = {"prefill": "prefill-0", "decode": "decode-0", "transport": "tcp"}
+    pair = {"prefill": "prefill-0", "decode": "decode-0", "transport": "tcp", "bytes_per_s": 1.234e9}
     return {"reasons": [], "workers": [worker], "pairs": [pair], **changes}
 
 
@@ -104,7 +104,9 @@ def problems(health: dict[str, Any], blocks: dict[str, Any]) -> list[str]:
 
 def test_the_doctor_finds_nothing_where_nothing_is() -> None:
     assert problems(health(), blocks()) == []
-    assert [finding.text for finding in diagnose(health(), blocks())] == ["prefill-0 -> decode-0 over tcp"]
+    assert [finding.text for finding in diagnose(health(), blocks())] == [
+        "prefill-0 -> decode-0 over tcp, 1.23 GB/s"
+    ]
 
 
 def test_the_doctor_names_what_is_wrong() -> None:

@@ -11,6 +11,8 @@ from prometheus_client import CollectorRegistry
 
 from baton.config import LogConfig
 from baton.errors import ConfigError
+from baton.messages import Purpose
+from baton.pair_metrics import MAX_PEERS
 from baton.telemetry import WorkerMetrics, configure_logging, event, serve_metrics, wants_color
 from baton.transfer.report import TransferReport
 
@@ -85,8 +87,11 @@ def test_worker_metrics_read_as_they_were_set() -> None:
     metrics.set_requests(running=2, waiting=1)
     metrics.observe_step(0.01, num_prompt_tokens=7, num_output_tokens=2)
     metrics.observe_transfer(TransferReport("received", "ok", 0.2, 4096, num_mismatches=1))
-    metrics.observe_transfer(TransferReport("sent", "ok", 0.3, 100, num_mismatches=0, exposed_s=0.05))
+    metrics.observe_transfer(
+        TransferReport("sent", "ok", 0.3, 100, 0, 0.05, "tcp", peer="decode-0", num_pieces=2, wire_s=0.1)
+    )
     metrics.observe_transfer(TransferReport("sent", "failed", 0.4, 10, num_mismatches=3))
+    metrics.set_purposes({Purpose.RUNNING: 3, Purpose.DRAINING: 1}, num_cached=4)
     metrics.set_transports(["ucx"])
     metrics.set_transports(["tcp"])
 
@@ -106,8 +111,26 @@ def test_worker_metrics_read_as_they_were_set() -> None:
     ]
     assert value("baton_transfer_exposed_seconds_count") == 1
     assert value("baton_transfer_exposed_seconds_sum") == 0.05
+    assert value("baton_kv_blocks_held", purpose="draining") == 1
+    assert value("baton_kv_blocks_held", purpose="cached") == 4
+    pair = {"direction": "sent", "peer": "decode-0"}
+    assert value("baton_pair_transfers_total", **pair, outcome="ok") == 1
+    names = ("bytes", "pieces", "wire_seconds", "exposed_seconds")
+    assert [value(f"baton_pair_{name}_total", **pair) for name in names] == [100, 2, 0.1, 0.05]
     assert value("baton_transport_info", transport="tcp") == 1
     assert value("baton_transport_info", transport="ucx") is None
+
+
+def test_workers_that_come_and_go_do_not_make_series_without_end() -> None:
+    registry = CollectorRegistry()
+    metrics = WorkerMetrics(registry)
+    for number in range(200):
+        metrics.observe_transfer(
+            TransferReport("sent", "ok", 0.1, 1, num_mismatches=0, peer=f"decode-{number}")
+        )
+    peers = {s.labels["peer"] for m in registry.collect() for s in m.samples if "peer" in s.labels}
+    assert len(peers) == MAX_PEERS + 1
+    assert registry.get_sample_value("baton_pair_bytes_total", {"direction": "sent", "peer": "other"}) == 136
 
 
 async def test_metrics_are_served_until_the_block_ends() -> None:

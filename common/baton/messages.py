@@ -91,6 +91,7 @@ class Submit:
     epoch: int
     remote_prefill: bool
     deadline_s: float  # from now, on the receiver's clock
+    prefill_id: str = ""  # the worker that is to send the KV
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +219,8 @@ class Pushed:
 
     reason: str = ""
     num_mismatches: int = 0  # times that a piece did not match its digest where it arrived
+    num_bytes: int = 0  # of KV that were acknowledged
+    wire_s: float = 0.0  # during which some of it was on the wire
 
 
 PrefillAnswer = PrefillResult | Pushed

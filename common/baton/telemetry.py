@@ -19,6 +19,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from baton.config import LogConfig
 from baton.errors import ConfigError
+from baton.messages import Purpose
+from baton.pair_metrics import PairMetrics
 from baton.transfer.report import TransferReport
 
 # Each tells of every request, connection or phase of its own at INFO, which drowns what we say.
@@ -137,6 +139,14 @@ class WorkerMetrics:
         blocks = Gauge("baton_kv_blocks", "KV blocks; used + free = total.", ["state"], registry=registry)
         self._blocks_used, self._blocks_free = blocks.labels("used"), blocks.labels("free")
         self._blocks_total = blocks.labels("total")
+        self._purposes = Gauge(
+            "baton_kv_blocks_held",
+            "KV blocks by purpose: running, receiving, leased, draining (a block that requests share counts for each "
+            "of them); cached: with a name that prompts match, used or free.",
+            ["purpose"],
+            registry=registry,
+        )
+        self._pairs = PairMetrics(registry)
         requests = Gauge("baton_requests", "Requests in this worker.", ["state"], registry=registry)
         self._running, self._waiting = requests.labels("running"), requests.labels("waiting")
         tokens = Counter("baton_tokens", "Tokens computed.", ["kind"], registry=registry)
@@ -200,6 +210,11 @@ class WorkerMetrics:
         self._blocks_free.set(free)
         self._blocks_total.set(total)
 
+    def set_purposes(self, blocks: Mapping[Purpose, int], *, num_cached: int) -> None:
+        for purpose, number in blocks.items():
+            self._purposes.labels(purpose.value).set(number)
+        self._purposes.labels("cached").set(num_cached)
+
     def set_requests(self, *, running: int, waiting: int) -> None:
         self._running.set(running)
         self._waiting.set(waiting)
@@ -221,6 +236,7 @@ class WorkerMetrics:
         self._transfer_seconds.labels(report.direction, report.outcome).observe(report.seconds)
         self._transfer_bytes.labels(report.direction).inc(report.num_bytes)
         self._transfer_mismatches.labels(report.direction).inc(report.num_mismatches)
+        self._pairs.observe(report)
         if report.transport:
             self._transport_bytes.labels(report.transport).inc(report.num_bytes)
         if report.exposed_s is not None:

@@ -177,6 +177,7 @@ def count_steps(worker: Worker, metrics: WorkerMetrics) -> None:
         engine, load = worker.engine, worker.engine.load()
         used = engine.num_used_blocks
         metrics.set_blocks(used=used, free=engine.num_blocks - used, total=engine.num_blocks)
+        metrics.set_purposes(worker.blocks_by_purpose(), num_cached=engine.num_cached_blocks)
         metrics.set_requests(running=load.num_running, waiting=load.num_waiting)
         pressure = engine.pressure
         if pressure != seen:

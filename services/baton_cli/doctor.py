@@ -27,10 +27,13 @@ def diagnose(health: dict[str, Any], blocks: dict[str, Any]) -> list[Finding]:
     for worker_id, ledger in blocks["workers"].items():
         findings += _of_worker(worker_id, ledger)
     for pair in health["pairs"]:
-        findings.append(
-            Finding(False, f"{pair['prefill']} -> {pair['decode']} over {pair['transport'] or 'nothing yet'}")
-        )
+        findings.append(Finding(False, _of_pair(pair)))
     return sorted(findings, key=lambda finding: not finding.is_problem)
+
+
+def _of_pair(pair: dict[str, Any]) -> str:
+    rate = f", {pair['bytes_per_s'] / 1e9:.3g} GB/s" if pair["bytes_per_s"] else ""
+    return f"{pair['prefill']} -> {pair['decode']} over {pair['transport'] or 'nothing yet'}{rate}"
 
 
 def _of_worker(worker_id: str, ledger: dict[str, Any]) -> list[Finding]:

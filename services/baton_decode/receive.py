@@ -34,6 +34,7 @@ _OUTCOMES: dict[State, Outcome] = {
 class _Expected:
     hand_over: HandOver
     digester: Digester
+    peer: str  # the prefill worker
     buffers: dict[Piece, list[memoryview]] = field(default_factory=dict)  # open piece -> where it is written
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -62,8 +63,9 @@ class Receiver:
         block_ids: Sequence[BlockId],
         num_cached_tokens: int,
         lease_s: float,
+        peer: str = "",
     ) -> None:
-        """Tokens from num_cached_tokens on, into the blocks of the whole prompt."""
+        """Tokens from num_cached_tokens on, into the blocks of the whole prompt; `peer` is to send them."""
         assert request.request_id not in self._expected
         hand_over = HandOver(
             request_id=request.request_id,
@@ -76,7 +78,7 @@ class Receiver:
             lease_end_s=self._clock.now() + lease_s,
         )
         digester = Digester(self._identity, request.prompt_token_ids)
-        self._expected[request.request_id] = _Expected(hand_over, digester)
+        self._expected[request.request_id] = _Expected(hand_over, digester, peer)
 
     async def wait_verified(self, request_id: RequestId) -> HandOver:
         """Raises TransferError when the hand-over failed or its lease ended."""
@@ -95,9 +97,9 @@ class Receiver:
 
     def go_live(self, request_id: RequestId) -> None:
         """From here on the engine owns the blocks; late pieces find nothing and are refused."""
-        hand_over = self._expected.pop(request_id).hand_over
-        hand_over.go_live()
-        self._report(hand_over, "ok")
+        expected = self._expected.pop(request_id)
+        expected.hand_over.go_live()
+        self._report(expected, "ok")
 
     def fail(self, request_id: RequestId, reason: str) -> None:
         """Somebody else knows that the rest will not come: `wait_verified` raises. Does nothing when all is there."""
@@ -117,9 +119,10 @@ class Receiver:
             await expected.changed.wait()  # ends: a transport closes every piece it opened, stalled ones too
         if self._expected.get(request_id) is expected:
             del self._expected[request_id]
-            self._report(expected.hand_over, _OUTCOMES[expected.hand_over.ending or State.FAILED])
+            self._report(expected, _OUTCOMES[expected.hand_over.ending or State.FAILED])
 
-    def _report(self, hand_over: HandOver, outcome: Outcome) -> None:
+    def _report(self, expected: _Expected, outcome: Outcome) -> None:
+        hand_over = expected.hand_over
         if hand_over.opened_s is not None:
             ended_s = self._clock.now() if hand_over.closed_s is None else hand_over.closed_s
             self._on_transfer(
@@ -129,6 +132,8 @@ class Receiver:
                     ended_s - hand_over.opened_s,
                     hand_over.num_bytes,
                     hand_over.num_mismatches,
+                    peer=expected.peer,
+                    num_pieces=hand_over.num_pieces,
                 )
             )
 
@@ -140,14 +145,15 @@ class Receiver:
         hand_over = expected.hand_over
         if hand_over.ending is not None:
             note = (
-                f"{hand_over.ending.name.lower()}: {hand_over.reason}; {hand_over.num_open} pieces still open"
+                f"KV from {expected.peer or 'somebody'} {hand_over.ending.name.lower()}: {hand_over.reason}; "
+                f"{hand_over.num_open} pieces still open"
             )
             return replace(holder, purpose=Purpose.DRAINING, epoch=hand_over.epoch, note=note)
         return replace(
             holder,
             epoch=hand_over.epoch,
             lease_left_s=hand_over.lease_end_s - self._clock.now(),
-            note=f"{hand_over.share:.0%} of the KV has arrived",
+            note=f"{hand_over.share:.0%} of the KV from {expected.peer or 'somebody'} has arrived",
         )
 
     @property

@@ -193,6 +193,7 @@ class Session:
             sequence.prompt_blocks(block_size),
             sequence.num_cached_tokens,
             context.config.lease_s,
+            submit.prefill_id,
         )
         self._say(self._ticket(job, submit, sequence.num_cached_tokens))
         num_blocks = num_blocks_for(submit.request.num_prompt_tokens - sequence.num_cached_tokens, block_size)

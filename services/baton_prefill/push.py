@@ -22,6 +22,7 @@ from baton.transfer.digest import Digester, is_mismatch
 from baton.transfer.report import Outcome, TransferReport
 from baton.transfer.session import Sending
 from baton.transfer.wire import PieceHeader
+from baton_prefill.busy import BusyTime
 from baton_prefill.outgoing import Outgoing, Span
 
 
@@ -60,6 +61,8 @@ class Push:
     ) -> None:
         """`identity` names the model in digests, on both sides the same."""
         self.num_bytes = 0  # that were acknowledged
+        self.num_pieces = 0  # likewise
+        self.wire = BusyTime(clock)
         self.transport = ""  # known once there is a connection
         self.sending = Sending()
         self.ticket = ticket
@@ -124,8 +127,9 @@ class Push:
         if outcome == "ok" and self._computed_s is not None:
             exposed_s = ended_s - self._computed_s
         return TransferReport(
-            "sent", outcome, seconds, self.num_bytes, self.sending.num_mismatches, exposed_s
-        )
+            "sent", outcome, seconds, self.num_bytes, self.sending.num_mismatches, exposed_s,
+            self.transport, self.ticket.worker_id, self.num_pieces, self.wire.seconds,
+        )  # fmt: skip
 
     async def _next_piece(self) -> PieceHeader:
         """Wait until there is something to send and cut it: the last piece may have no tokens at all."""
@@ -166,6 +170,7 @@ class Push:
             digest = self._digester.digest(header, self._storage.layout, payload)
             await self._send_until_intact(connection, replace(header, digest=digest), payload)
             self.num_bytes += header.num_bytes
+            self.num_pieces += 1
             failure = None
         except TransferError as error:
             failure = error.message
@@ -179,7 +184,8 @@ class Push:
     ) -> None:
         for num_sent in itertools.count(1):
             try:
-                await connection.push(header, payload, timeout_s=self._timeout_s)
+                with self.wire:
+                    await connection.push(header, payload, timeout_s=self._timeout_s)
                 return
             except TransferRefused as refusal:
                 if not is_mismatch(refusal):

@@ -106,7 +106,8 @@ class PrefillService:
                 if result.finish_reason is not None and request.sampling.n == 1:
                     return  # one token was all: nobody needs the KV elsewhere
             await asyncio.wait((pushing,))
-            yield Pushed(job.push.sending.reason, job.push.sending.num_mismatches)
+            push = job.push
+            yield Pushed(push.sending.reason, push.sending.num_mismatches, push.num_bytes, push.wire.seconds)
         finally:
             pushing.cancel()
 
@@ -201,4 +202,4 @@ class PrefillService:
         self._worker.engine.abort(request_id)
         self._worker.admit()
         outcome: Outcome = "cancelled" if pushing.cancelled() else pushing.result()
-        self._on_transfer(replace(job.push.report(outcome), transport=job.push.transport))
+        self._on_transfer(job.push.report(outcome))

@@ -63,6 +63,10 @@ class Fleet:
     def transport(self, prefill: WorkerId, decode: WorkerId) -> str | None:
         return self._links[prefill][0].transports.get(decode)
 
+    def bytes_per_s(self, prefill: WorkerId, decode: WorkerId) -> float | None:
+        rate = self._links[prefill][0].rates.get(decode)
+        return rate.bytes_per_s if rate is not None else None
+
     def unproven_pairs(self) -> dict[tuple[WorkerId, WorkerId], str]:
         """Pairs that fit and carry nothing, and why; "" for those that are being tried for the first time."""
         verdicts = {(p.worker_id, d.worker_id): self.canary.verdict(p, d) for p, d in self.fitting_pairs()}

@@ -41,6 +41,10 @@ class FleetView(Protocol):
         """What really carried KV between the two; None before it did."""
         ...
 
+    def bytes_per_s(self, prefill: WorkerId, decode: WorkerId) -> float | None:
+        """Measured while KV was on the wire between the two; None before any was."""
+        ...
+
     def unproven_pairs(self) -> Mapping[tuple[WorkerId, WorkerId], str]:
         """Pairs that fit and carry nothing, and why; "" while one is tried for the first time."""
         ...

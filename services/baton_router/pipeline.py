@@ -146,7 +146,9 @@ class Pipeline:
         is_trial: bool = False,
     ) -> None:
         session, request = decode.session, chains.request
-        attempt = session.submit(request, stream, epoch=1, remote_prefill=True, deadline_s=timeout_s)
+        attempt = session.submit(
+            request, stream, epoch=1, deadline_s=timeout_s, prefill_id=prefill.record.worker_id
+        )
         self._attempts[request.request_id] = session, attempt
         try:
             ticket = await self._ticket(attempt)
@@ -186,7 +188,7 @@ class Pipeline:
         self, request: Request, record: Record, stream: TokenStream, decode: Link, timeout_s: float
     ) -> None:
         session = decode.session
-        attempt = session.submit(request, stream, epoch=1, remote_prefill=False, deadline_s=timeout_s)
+        attempt = session.submit(request, stream, epoch=1, deadline_s=timeout_s, prefill_id=None)
         self._attempts[request.request_id] = session, attempt
         attempt.start_stream()
         try:

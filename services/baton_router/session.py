@@ -23,7 +23,7 @@ from baton.messages import (
     Submit,
     Ticket,
 )
-from baton.request import FinishReason, PromptLogprobs, Request, TokenLogprobs
+from baton.request import FinishReason, PromptLogprobs, Request, TokenLogprobs, WorkerId
 from baton_router.generation import Tokens, TokenStream
 
 _ENDED = -1
@@ -142,12 +142,20 @@ class Session:
     _next_handle: int = 1
 
     def submit(
-        self, request: Request, stream: TokenStream, *, epoch: int, remote_prefill: bool, deadline_s: float
+        self,
+        request: Request,
+        stream: TokenStream,
+        *,
+        epoch: int,
+        deadline_s: float,
+        prefill_id: WorkerId | None,
     ) -> Attempt:
+        """With `prefill_id` the worker reserves blocks for KV from there; without, it computes the prompt itself."""
+        remote_prefill = prefill_id is not None
         attempt = Attempt(self._next_handle, request, stream, first_index=1 if remote_prefill else 0)
         self._next_handle += request.sampling.n
         self._attempts.update(dict.fromkeys(attempt.handles, attempt))
-        self._send(Submit(attempt.handle, request, epoch, remote_prefill, deadline_s))
+        self._send(Submit(attempt.handle, request, epoch, remote_prefill, deadline_s, prefill_id or ""))
         return attempt
 
     def cancel(self, attempt: Attempt) -> None:

@@ -10,7 +10,7 @@ What goes over a session is in `session`.
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from baton.clock import Clock
 from baton.errors import BatonError, Unavailable, WorkerLost
@@ -21,6 +21,7 @@ from baton.messages import (
     PrefillAnswer,
     PrefillCall,
     PrefillResult,
+    Pushed,
     Role,
     SessionUp,
     StatusCall,
@@ -31,6 +32,25 @@ from baton.rpc import PREFILL, SESSION, STATUS_BLOCKS, STATUS_WATCH, Rpc
 from baton_router.session import Session
 
 RECONNECT_S = 0.25
+
+RATE_MEMORY = 0.9  # how much of what was measured counts once more was
+
+
+@dataclass(slots=True)
+class Rate:
+    """How fast KV goes over one pair's wire. Large hand-overs count for more than small ones, new ones for more than
+    old ones."""
+
+    num_bytes: float = 0.0
+    seconds: float = 0.0
+
+    def note(self, pushed: Pushed) -> None:
+        self.num_bytes = RATE_MEMORY * self.num_bytes + pushed.num_bytes
+        self.seconds = RATE_MEMORY * self.seconds + pushed.wire_s
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        return self.num_bytes / self.seconds if self.num_bytes and self.seconds else None
 
 
 class Link:
@@ -50,6 +70,7 @@ class Link:
         self.session = Session()
         self.num_dispatched_tokens = 0  # prompt tokens sent to this prefill worker and not yet answered
         self.transports: dict[WorkerId, str] = {}  # that really carried KV from here, by decode worker
+        self.rates: dict[WorkerId, Rate] = {}  # measured, likewise
         self._channel = rpc.connect(record.address)
         self._clock = clock
         self._emit = emit
@@ -75,6 +96,8 @@ class Link:
                     num_tokens = 0
                     if isinstance(answer, PrefillResult) and answer.transport:
                         self.transports[call.ticket.worker_id] = answer.transport
+                    if isinstance(answer, Pushed):
+                        self.rates.setdefault(call.ticket.worker_id, Rate()).note(answer)
                     yield answer
         except Unavailable as error:
             raise WorkerLost(f"prefill worker {self.record.worker_id} was lost: {error.message}") from error

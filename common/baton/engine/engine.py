@@ -230,6 +230,11 @@ class Engine:
     def cached_hashes(self) -> Iterator[BlockHash]:
         return self._kv.cached_hashes()
 
+    @property
+    def num_cached_blocks(self) -> int:
+        """That have a name, used or free."""
+        return self._kv.num_cached
+
     def owners(self) -> Iterator[Sequence]:
         """Every sequence that holds blocks."""
         return self._kv.owners()

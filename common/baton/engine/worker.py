@@ -247,9 +247,19 @@ class Worker:
             num_blocks=engine.num_blocks,
             num_used=engine.num_used_blocks,
             num_free=engine.num_blocks - engine.num_used_blocks,
-            num_cached=sum(1 for _ in engine.cached_hashes()),
+            num_cached=engine.num_cached_blocks,
             holders=tuple(self._holder(sequence, now_s) for sequence in engine.owners()),
         )
+
+    def blocks_by_purpose(self) -> dict[Purpose, int]:
+        """Shared blocks count for each of their holders. Called at every step."""
+        counts = dict.fromkeys(Purpose, 0)
+        for sequence in self.engine.owners():
+            purpose = _PURPOSES.get(sequence.status, Purpose.RUNNING)
+            if purpose is Purpose.RECEIVING:  # or given up meanwhile
+                purpose = self._holder(sequence, sequence.admitted_s).purpose
+            counts[purpose] += len(sequence.block_table)
+        return counts
 
     def _holder(self, sequence: Sequence, now_s: float) -> Holder:
         purpose = _PURPOSES.get(sequence.status, Purpose.RUNNING)

@@ -81,6 +81,11 @@ class BlockPool:
             if self._hash[block_id] is None:
                 self._free.move_to_end(block_id, last=False)
 
+    @property
+    def num_cached(self) -> int:
+        """Blocks that have a name, used or free."""
+        return len(self._cached)
+
     def cached_hashes(self) -> Iterator[BlockHash]:
         return iter(self._cached)
 

@@ -165,6 +165,10 @@ class KVCacheManager:
         """Every sequence that holds blocks, an aborted one whose step still runs among them."""
         return iter(self._owners)
 
+    @property
+    def num_cached(self) -> int:
+        return self._pool.num_cached
+
     def cached_hashes(self) -> Iterator[BlockHash]:
         return self._pool.cached_hashes()
 

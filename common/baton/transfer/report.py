@@ -18,6 +18,9 @@ class TransferReport:
         None  # from the end of the prompt's computation to the end; where known: ok and sent
     )
     transport: str = ""  # that carried it; where known: sent
+    peer: str = ""  # worker at the other end
+    num_pieces: int = 0  # that were acknowledged
+    wire_s: float = 0.0  # during which at least one piece was on the wire; where known: sent
 
 
 OnTransfer = Callable[[TransferReport], None]

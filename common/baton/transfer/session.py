@@ -227,6 +227,11 @@ class HandOver:
         return self._num_rejected.total()
 
     @property
+    def num_pieces(self) -> int:
+        """That matched their digest."""
+        return len(self._done)
+
+    @property
     def num_open(self) -> int:
         return len(self._open)
 

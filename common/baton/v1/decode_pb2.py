@@ -27,7 +27,7 @@ from baton.v1 import ticket_pb2 as baton_dot_v1_dot_ticket__pb2
 from baton.v1 import worker_pb2 as baton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/decode.proto\x12\x08\x62\x61ton.v1\x1a\x16\x62\x61ton/v1/request.proto\x1a\x15\x62\x61ton/v1/ticket.proto\x1a\x15\x62\x61ton/v1/worker.proto\"\x8d\x01\n\x0eSessionRequest\x12\"\n\x06submit\x18\x01 \x01(\x0b\x32\x10.baton.v1.SubmitH\x00\x12\"\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x10.baton.v1.CancelH\x00\x12(\n\trecompute\x18\x03 \x01(\x0b\x32\x13.baton.v1.RecomputeH\x00\x42\t\n\x07message\"\xfc\x01\n\x0fSessionResponse\x12\"\n\x06ticket\x18\x01 \x01(\x0b\x32\x10.baton.v1.TicketH\x00\x12$\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x11.baton.v1.FailureH\x00\x12\x1e\n\x04step\x18\x03 \x01(\x0b\x32\x0e.baton.v1.StepH\x00\x12&\n\x08received\x18\x04 \x01(\x0b\x32\x12.baton.v1.ReceivedH\x00\x12(\n\theartbeat\x18\x05 \x01(\x0b\x32\x13.baton.v1.HeartbeatH\x00\x12\"\n\x06missed\x18\x06 \x01(\x0b\x32\x10.baton.v1.MissedH\x00\x42\t\n\x07message\"w\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\"\n\x07request\x18\x02 \x01(\x0b\x32\x11.baton.v1.Request\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x16\n\x0eremote_prefill\x18\x04 \x01(\x08\x12\x12\n\ndeadline_s\x18\x05 \x01(\x01\"\x18\n\x06\x43\x61ncel\x12\x0e\n\x06handle\x18\x01 \x01(\x04\"\x84\x01\n\x07\x46\x61ilure\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x12\n\x05param\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rretry_after_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_paramB\x10\n\x0e_retry_after_s\"\xd1\x02\n\x04Step\x12\x0f\n\x07handles\x18\x01 \x03(\x04\x12\x13\n\x0b\x66irst_index\x18\x02 \x03(\r\x12\x12\n\nnum_tokens\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x18\n\x10\x66inished_handles\x18\x05 \x03(\x04\x12\x30\n\x10\x66inished_reasons\x18\x06 \x03(\x0e\x32\x16.baton.v1.FinishReason\x12\x1c\n\x04load\x18\x07 \x01(\x0b\x32\x0e.baton.v1.Load\x12\x14\n\x0clogprob_rows\x18\x08 \x03(\r\x12)\n\x08logprobs\x18\t \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12\x1e\n\x16prompt_logprob_handles\x18\n \x03(\x04\x12\x31\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x18.baton.v1.PromptLogprobs\"U\n\tRecompute\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x18\n\x0b\x66irst_token\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x0e\n\x0c_first_token\"(\n\x06Missed\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"R\n\x08Received\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\")\n\tHeartbeat\x12\x1c\n\x04load\x18\x01 \x01(\x0b\x32\x0e.baton.v1.Load\"c\n\x15\x44\x65\x63odeGenerateRequest\x12\"\n\x07request\x18\x01 \x01(\x0b\x32\x11.baton.v1.Request\x12\x17\n\ndeadline_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_deadline_s\"@\n\x16\x44\x65\x63odeGenerateResponse\x12&\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x17.baton.v1.GenerateChunk2\x9d\x01\n\x06\x44\x65\x63ode\x12\x42\n\x07Session\x12\x18.baton.v1.SessionRequest\x1a\x19.baton.v1.SessionResponse(\x01\x30\x01\x12O\n\x08Generate\x12\x1f.baton.v1.DecodeGenerateRequest\x1a .baton.v1.DecodeGenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/decode.proto\x12\x08\x62\x61ton.v1\x1a\x16\x62\x61ton/v1/request.proto\x1a\x15\x62\x61ton/v1/ticket.proto\x1a\x15\x62\x61ton/v1/worker.proto\"\x8d\x01\n\x0eSessionRequest\x12\"\n\x06submit\x18\x01 \x01(\x0b\x32\x10.baton.v1.SubmitH\x00\x12\"\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x10.baton.v1.CancelH\x00\x12(\n\trecompute\x18\x03 \x01(\x0b\x32\x13.baton.v1.RecomputeH\x00\x42\t\n\x07message\"\xfc\x01\n\x0fSessionResponse\x12\"\n\x06ticket\x18\x01 \x01(\x0b\x32\x10.baton.v1.TicketH\x00\x12$\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x11.baton.v1.FailureH\x00\x12\x1e\n\x04step\x18\x03 \x01(\x0b\x32\x0e.baton.v1.StepH\x00\x12&\n\x08received\x18\x04 \x01(\x0b\x32\x12.baton.v1.ReceivedH\x00\x12(\n\theartbeat\x18\x05 \x01(\x0b\x32\x13.baton.v1.HeartbeatH\x00\x12\"\n\x06missed\x18\x06 \x01(\x0b\x32\x10.baton.v1.MissedH\x00\x42\t\n\x07message\"\x8b\x01\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\"\n\x07request\x18\x02 \x01(\x0b\x32\x11.baton.v1.Request\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x16\n\x0eremote_prefill\x18\x04 \x01(\x08\x12\x12\n\ndeadline_s\x18\x05 \x01(\x01\x12\x12\n\nprefill_id\x18\x06 \x01(\t\"\x18\n\x06\x43\x61ncel\x12\x0e\n\x06handle\x18\x01 \x01(\x04\"\x84\x01\n\x07\x46\x61ilure\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x12\n\x05param\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rretry_after_s\x18\x05 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_paramB\x10\n\x0e_retry_after_s\"\xd1\x02\n\x04Step\x12\x0f\n\x07handles\x18\x01 \x03(\x04\x12\x13\n\x0b\x66irst_index\x18\x02 \x03(\r\x12\x12\n\nnum_tokens\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x18\n\x10\x66inished_handles\x18\x05 \x03(\x04\x12\x30\n\x10\x66inished_reasons\x18\x06 \x03(\x0e\x32\x16.baton.v1.FinishReason\x12\x1c\n\x04load\x18\x07 \x01(\x0b\x32\x0e.baton.v1.Load\x12\x14\n\x0clogprob_rows\x18\x08 \x03(\r\x12)\n\x08logprobs\x18\t \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12\x1e\n\x16prompt_logprob_handles\x18\n \x03(\x04\x12\x31\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x18.baton.v1.PromptLogprobs\"U\n\tRecompute\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x18\n\x0b\x66irst_token\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x0e\n\x0c_first_token\"(\n\x06Missed\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"R\n\x08Received\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\")\n\tHeartbeat\x12\x1c\n\x04load\x18\x01 \x01(\x0b\x32\x0e.baton.v1.Load\"c\n\x15\x44\x65\x63odeGenerateRequest\x12\"\n\x07request\x18\x01 \x01(\x0b\x32\x11.baton.v1.Request\x12\x17\n\ndeadline_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\r\n\x0b_deadline_s\"@\n\x16\x44\x65\x63odeGenerateResponse\x12&\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x17.baton.v1.GenerateChunk2\x9d\x01\n\x06\x44\x65\x63ode\x12\x42\n\x07Session\x12\x18.baton.v1.SessionRequest\x1a\x19.baton.v1.SessionResponse(\x01\x30\x01\x12O\n\x08Generate\x12\x1f.baton.v1.DecodeGenerateRequest\x1a .baton.v1.DecodeGenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,26 +38,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSIONREQUEST']._serialized_end=247
   _globals['_SESSIONRESPONSE']._serialized_start=250
   _globals['_SESSIONRESPONSE']._serialized_end=502
-  _globals['_SUBMIT']._serialized_start=504
-  _globals['_SUBMIT']._serialized_end=623
-  _globals['_CANCEL']._serialized_start=625
-  _globals['_CANCEL']._serialized_end=649
-  _globals['_FAILURE']._serialized_start=652
-  _globals['_FAILURE']._serialized_end=784
-  _globals['_STEP']._serialized_start=787
-  _globals['_STEP']._serialized_end=1124
-  _globals['_RECOMPUTE']._serialized_start=1126
-  _globals['_RECOMPUTE']._serialized_end=1211
-  _globals['_MISSED']._serialized_start=1213
-  _globals['_MISSED']._serialized_end=1253
-  _globals['_RECEIVED']._serialized_start=1255
-  _globals['_RECEIVED']._serialized_end=1337
-  _globals['_HEARTBEAT']._serialized_start=1339
-  _globals['_HEARTBEAT']._serialized_end=1380
-  _globals['_DECODEGENERATEREQUEST']._serialized_start=1382
-  _globals['_DECODEGENERATEREQUEST']._serialized_end=1481
-  _globals['_DECODEGENERATERESPONSE']._serialized_start=1483
-  _globals['_DECODEGENERATERESPONSE']._serialized_end=1547
-  _globals['_DECODE']._serialized_start=1550
-  _globals['_DECODE']._serialized_end=1707
+  _globals['_SUBMIT']._serialized_start=505
+  _globals['_SUBMIT']._serialized_end=644
+  _globals['_CANCEL']._serialized_start=646
+  _globals['_CANCEL']._serialized_end=670
+  _globals['_FAILURE']._serialized_start=673
+  _globals['_FAILURE']._serialized_end=805
+  _globals['_STEP']._serialized_start=808
+  _globals['_STEP']._serialized_end=1145
+  _globals['_RECOMPUTE']._serialized_start=1147
+  _globals['_RECOMPUTE']._serialized_end=1232
+  _globals['_MISSED']._serialized_start=1234
+  _globals['_MISSED']._serialized_end=1274
+  _globals['_RECEIVED']._serialized_start=1276
+  _globals['_RECEIVED']._serialized_end=1358
+  _globals['_HEARTBEAT']._serialized_start=1360
+  _globals['_HEARTBEAT']._serialized_end=1401
+  _globals['_DECODEGENERATEREQUEST']._serialized_start=1403
+  _globals['_DECODEGENERATEREQUEST']._serialized_end=1502
+  _globals['_DECODEGENERATERESPONSE']._serialized_start=1504
+  _globals['_DECODEGENERATERESPONSE']._serialized_end=1568
+  _globals['_DECODE']._serialized_start=1571
+  _globals['_DECODE']._serialized_end=1728
 # @@protoc_insertion_point(module_scope)

@@ -36,18 +36,20 @@ class SessionResponse(_message.Message):
     def __init__(self, ticket: _Optional[_Union[_ticket_pb2.Ticket, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., received: _Optional[_Union[Received, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., missed: _Optional[_Union[Missed, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "request", "epoch", "remote_prefill", "deadline_s")
+    __slots__ = ("handle", "request", "epoch", "remote_prefill", "deadline_s", "prefill_id")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REMOTE_PREFILL_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_ID_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request: _request_pb2.Request
     epoch: int
     remote_prefill: bool
     deadline_s: float
-    def __init__(self, handle: _Optional[int] = ..., request: _Optional[_Union[_request_pb2.Request, _Mapping]] = ..., epoch: _Optional[int] = ..., remote_prefill: _Optional[bool] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    prefill_id: str
+    def __init__(self, handle: _Optional[int] = ..., request: _Optional[_Union[_request_pb2.Request, _Mapping]] = ..., epoch: _Optional[int] = ..., remote_prefill: _Optional[bool] = ..., deadline_s: _Optional[float] = ..., prefill_id: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("handle",)

@@ -204,6 +204,7 @@ class Api:
                     "prefill": p.worker_id,
                     "decode": d.worker_id,
                     "transport": fleet.transport(p.worker_id, d.worker_id),
+                    "bytes_per_s": fleet.bytes_per_s(p.worker_id, d.worker_id),
                 }
                 for p, d in fleet.pairs()
             ],
