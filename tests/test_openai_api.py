@@ -713,7 +713,8 @@ async def test_health_shows_workers_pairs_transport_and_index() -> None:
     assert body["status"] == "ok"
     assert body["transport"] == "tcp"
     assert body["index"] == {"kind": "memory", "healthy": True, "detail": ""}
-    assert body["pairs"] == [{"prefill": "prefill-0", "decode": "decode-0", "transport": "tcp"}]
+    pair = {"prefill": "prefill-0", "decode": "decode-0", "transport": "tcp", "bytes_per_s": 1e9}
+    assert body["pairs"] == [pair]
     assert [w["id"] for w in body["workers"]] == ["prefill-0", "decode-0"]
     assert (
         body["workers"][1] | {"roles": ["decode"], "ready": True, "num_free_blocks": 60} == body["workers"][1]
