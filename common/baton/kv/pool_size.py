@@ -34,14 +34,14 @@ def num_blocks(engine: EngineConfig, layout: KVLayout, memory: Memory, wanted_le
         )
     if num_bytes > memory.free:
         raise ConfigError(
-            f"the KV pool would take {_gib(num_bytes)} ({num} blocks of {layout.block_bytes} bytes), and "
-            f"{_gib(memory.free)} are free: lower num_blocks or kv_cache_bytes"
+            f"the KV pool would take {_size(num_bytes)} ({num} blocks of {layout.block_bytes} bytes), and "
+            f"{_size(memory.free)} are free: lower num_blocks or kv_cache_bytes"
         )
     if wanted_len is not None and num * layout.block_size < wanted_len:
         needed = num_blocks_for(wanted_len, layout.block_size) * layout.block_bytes
         raise ConfigError(
-            f"one sequence of max_model_len ({wanted_len}) tokens needs {_gib(needed)} of KV and the pool has "
-            f"{_gib(num_bytes)}: lower max_model_len, or {_REMEDY}"
+            f"one sequence of max_model_len ({wanted_len}) tokens needs {_size(needed)} of KV and the pool has "
+            f"{_size(num_bytes)}: lower max_model_len, or {_REMEDY}"
         )
     return num
 
@@ -59,5 +59,5 @@ def _pool_bytes(engine: EngineConfig, memory: Memory) -> int:
     return DEFAULT_BYTES
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 // 10 else f"{num_bytes / 2**20:.2f} MiB"
