@@ -234,7 +234,10 @@ class ScriptedFleet:
 
 
 def scripted_door(
-    *script: Step, tokenizer: Tokenizer | None = None, max_model_len: int | None = MAX_MODEL_LEN
+    *script: Step,
+    tokenizer: Tokenizer | None = None,
+    max_model_len: int | None = MAX_MODEL_LEN,
+    log_prompts: bool = False,
 ) -> tuple[FrontDoor, ScriptedGenerator]:
     generator = ScriptedGenerator(lambda _: script)
     door = FrontDoor(
@@ -246,6 +249,7 @@ def scripted_door(
         random.Random(0),
         RouterMetrics(CollectorRegistry()),
         request_timeout_s=60.0,
+        log_prompts=log_prompts,
     )
     return door, generator
 

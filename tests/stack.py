@@ -29,6 +29,7 @@ class Stack:
     redis: RedisServer | None
     supervisor: Supervisor
     output: list[str]
+    logging: LogConfig
     children: dict[str, Child] = field(default_factory=dict)
     addresses: dict[str, str] = field(default_factory=dict)  # of workers: gRPC; of the router: HTTP
     router_grpc: str = ""
@@ -45,7 +46,7 @@ class Stack:
 
     def spec(self, name: str) -> ChildSpec:
         index = self.config.index
-        log = LogConfig(level="debug")
+        log = self.logging
         if name == "router":
             workers = (
                 tuple(a for n, a in self.addresses.items() if n != "router")
@@ -119,6 +120,7 @@ async def running_stack(
     num_prefill: int = 1,
     num_decode: int = 1,
     engine: EngineConfig | None = None,
+    log_format: str = "auto",
     **settings: Any,
 ) -> AsyncIterator[Stack]:
     redis = RedisServer() if index == "redis" else None
@@ -136,7 +138,8 @@ async def running_stack(
     output: list[str] = []
     supervisor = Supervisor(lambda name, line: output.append(f"{name}: {line}"), grace_s=15.0)
     workers = [f"prefill-{i}" for i in range(num_prefill)] + [f"decode-{i}" for i in range(num_decode)]
-    stack = Stack(config, redis, supervisor, output)
+    logging = LogConfig(level="debug", format=log_format)  # type: ignore[arg-type]
+    stack = Stack(config, redis, supervisor, output, logging)
     try:
         async with supervisor:
             if index == "redis":

@@ -986,3 +986,18 @@ async def test_the_block_ledgers_of_all_workers_and_of_those_that_do_not_answer(
         workers = (await client.get("/debug/blocks")).json()["workers"]
         assert workers["decode-0"]["holders"][0]["purpose"] == "running"
         assert workers["prefill-0"] == {"error": "gone"}
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+async def test_prompts_are_logged_only_where_that_is_wanted(
+    caplog: pytest.LogCaptureFixture, log_prompts: bool
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    door, _ = scripted_door("ok", STOP, log_prompts=log_prompts)
+    async with client_of(create_app(door, ScriptedFleet())) as client:
+        answer = await client.post("/v1/completions", json={"model": MODEL, "prompt": "zanzibar"})
+    assert answer.status_code == 200
+    logged = [record.fields for record in caplog.records if record.message == "request ended"]
+    assert [fields.get("prompt") for fields in logged] == ["zanzibar" if log_prompts else None]
+    if not log_prompts:
+        assert not any("zanzibar" in str(vars(record)) for record in caplog.records)

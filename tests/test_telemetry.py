@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from baton.config import LogConfig
 from baton.errors import ConfigError
-from baton.messages import Purpose
+from baton.messages import Load, Purpose
 from baton.pair_metrics import MAX_PEERS
 from baton.telemetry import WorkerMetrics, configure_logging, event, serve_metrics, wants_color
 from baton.transfer.report import TransferReport
@@ -84,7 +84,7 @@ def test_worker_metrics_read_as_they_were_set() -> None:
     registry = CollectorRegistry()
     metrics = WorkerMetrics(registry)
     metrics.set_blocks(used=3, free=5, total=8)
-    metrics.set_requests(running=2, waiting=1)
+    metrics.set_load(Load(num_running=2, num_waiting=1))
     metrics.observe_step(0.01, num_prompt_tokens=7, num_output_tokens=2)
     metrics.observe_transfer(TransferReport("received", "ok", 0.2, 4096, num_mismatches=1))
     metrics.observe_transfer(

@@ -121,6 +121,7 @@ class RouterConfig:
     max_num_requests: Count = 1024  # in flight; more are refused with 429
     canary_interval_s: Seconds = 300.0  # a pair that carries traffic proves itself again this often
     stop_grace_s: Seconds = 5.0  # after SIGTERM, for running requests to end
+    log_prompts: bool = False  # log every request with the text of its prompt; else no log has any of it
     model: ModelConfig = field(default_factory=ModelConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
 

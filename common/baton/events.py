@@ -9,6 +9,7 @@ import logging
 from typing import Any, Protocol
 
 from baton.clock import Clock
+from baton.request import Request
 
 # What an operator must see without asking for it: bytes that changed on the way between two workers.
 WARNINGS = frozenset({"piece.mismatch", "piece.corrupt", "handover.repaired", "pair.quarantined"})
@@ -16,6 +17,12 @@ WARNINGS = frozenset({"piece.mismatch", "piece.corrupt", "handover.repaired", "p
 
 class Emit(Protocol):
     def __call__(self, kind: str, /, **fields: Any) -> None: ...
+
+
+def about(request: Request) -> dict[str, str]:
+    """The fields by which a request's events are found."""
+    fields: dict[str, str] = {"request": request.request_id}
+    return fields | {"trace_id": request.trace_id} if request.traceparent else fields
 
 
 class LogEvents:

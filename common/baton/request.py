@@ -101,10 +101,16 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""  # prefix blocks are shared only among equal salts
     priority: int = 0  # lower is earlier
+    traceparent: str = ""  # W3C context of the span that this is part of
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
+
+    @property
+    def trace_id(self) -> str:
+        """For logs; "" without a trace."""
+        return self.traceparent[3:35]
 
     def samples(self) -> "tuple[Request, ...]":
         """One request for each answer, each as it would be asked for alone; the first has this one's id and seed. Only

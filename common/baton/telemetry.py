@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from baton.config import LogConfig
 from baton.errors import ConfigError
-from baton.messages import Purpose
+from baton.messages import Load, Purpose
 from baton.pair_metrics import PairMetrics
 from baton.transfer.report import TransferReport
 
@@ -149,6 +149,30 @@ class WorkerMetrics:
         self._pairs = PairMetrics(registry)
         requests = Gauge("baton_requests", "Requests in this worker.", ["state"], registry=registry)
         self._running, self._waiting = requests.labels("running"), requests.labels("waiting")
+        self._kv_usage = Gauge("baton_kv_cache_usage_ratio", "KV blocks in use, 0 to 1.", registry=registry)
+        self._prefill_queue = Gauge(
+            "baton_prefill_queue_seconds",
+            "Prompt tokens that wait to be computed, over the rate measured: how long a new prompt waits.",
+            registry=registry,
+        )
+        self._decode_step = Gauge(
+            "baton_decode_step_seconds",
+            "Decode steps of late: the time between two tokens of a running request; 0 when none runs.",
+            registry=registry,
+        )
+        self._prefix_queries = Counter(
+            "baton_prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", registry=registry
+        )
+        self._prefix_hits = Counter(
+            "baton_prefix_cache_hits", "Prompt tokens found in the prefix cache.", registry=registry
+        )
+        self._looked_up = (0, 0)
+        self._cache_config = Gauge(
+            "baton_cache_config_info",
+            "The KV cache's shape.",
+            ["block_size", "num_blocks"],
+            registry=registry,
+        )
         tokens = Counter("baton_tokens", "Tokens computed.", ["kind"], registry=registry)
         self._prompt_tokens, self._output_tokens = tokens.labels("prompt"), tokens.labels("output")
         self._preemptions = Counter(
@@ -157,6 +181,8 @@ class WorkerMetrics:
             ["kind"],
             registry=registry,
         )
+        for kind in ("swapped", "recomputed"):
+            self._preemptions.labels(kind)  # 0 is news too
         self._step_retries = Counter(
             "baton_step_retries",
             "Steps that did not fit into memory and were tried again.",
@@ -209,15 +235,28 @@ class WorkerMetrics:
         self._blocks_used.set(used)
         self._blocks_free.set(free)
         self._blocks_total.set(total)
+        self._kv_usage.set(used / total if total else 0.0)
 
     def set_purposes(self, blocks: Mapping[Purpose, int], *, num_cached: int) -> None:
         for purpose, number in blocks.items():
             self._purposes.labels(purpose.value).set(number)
         self._purposes.labels("cached").set(num_cached)
 
-    def set_requests(self, *, running: int, waiting: int) -> None:
-        self._running.set(running)
-        self._waiting.set(waiting)
+    def set_cache_config(self, *, block_size: int, num_blocks: int) -> None:
+        self._cache_config.labels(str(block_size), str(num_blocks)).set(1)
+
+    def set_load(self, load: Load) -> None:
+        self._running.set(load.num_running)
+        self._waiting.set(load.num_waiting)
+        rate = load.prefill_tokens_per_s
+        self._prefill_queue.set(load.num_waiting_tokens / rate if rate else 0.0)
+        self._decode_step.set(load.decode_step_s if load.num_running else 0.0)
+
+    def set_prefix_lookups(self, num_query_tokens: int, num_hit_tokens: int) -> None:
+        """Since the engine began."""
+        before, self._looked_up = self._looked_up, (num_query_tokens, num_hit_tokens)
+        self._prefix_queries.inc(num_query_tokens - before[0])
+        self._prefix_hits.inc(num_hit_tokens - before[1])
 
     def observe_step(self, seconds: float, *, num_prompt_tokens: int, num_output_tokens: int) -> None:
         self._steps.observe(seconds)

@@ -27,12 +27,14 @@ from baton.index.base import PrefixIndex
 from baton.index.redis import RedisIndex
 from baton.kv.staging import for_transfer
 from baton.messages import Role, WorkerRecord
+from baton.otel import tracing
 from baton.request import WorkerId
 from baton.rpc import GrpcRpc, Handlers
 from baton.telemetry import WorkerMetrics, event, serve_metrics
 from baton.transfer.base import Transport
 from baton.transfer.choose import make_transport
 from baton.transfer.tls import load_tls
+from baton.vllm_metrics import WorkerVllmNames
 from baton_decode.receive import Receiver
 from baton_decode.service import DecodeService
 from baton_prefill.service import PrefillService
@@ -52,6 +54,7 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
     runner = loaded.runner
     async with contextlib.AsyncExitStack() as closing:
         closing.push_async_callback(runner.aclose)
+        tracer = await closing.enter_async_context(tracing("-".join(config.roles), clock))
         kv = config.transfer
         transport = make_transport(
             kv.transport,
@@ -83,16 +86,18 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
         if Role.DECODE in config.roles:
             decode = DecodeService(
                 worker, receiver, transport.name, kv_address, config.transfer, clock, emit,
-                heartbeat_s=config.heartbeat_s,
+                heartbeat_s=config.heartbeat_s, tracer=tracer,
             )  # fmt: skip
             handlers |= decode.handlers()
         if Role.PREFILL in config.roles:
             prefill = PrefillService(
-                worker, storage, transport, config.transfer, clock, emit, metrics.observe_transfer
+                worker, storage, transport, config.transfer, clock, emit, metrics.observe_transfer, tracer
             )
             closing.push_async_callback(prefill.aclose)
             handlers |= prefill.handlers()
         metrics.set_transports(transport.names)
+        metrics.set_cache_config(block_size=worker.record.block_size, num_blocks=worker.record.num_blocks)
+        registry.register(WorkerVllmNames(registry, _served_name(config), worker.record.worker_id))
         metrics_port = await closing.enter_async_context(_metrics(config, worker, metrics, registry))
         event(log, "KV comes in over", transports=transport.name, address=kv_address)
         tune_garbage_collector()
@@ -140,8 +145,8 @@ def _record(config: WorkerConfig, loaded: LoadedModel, transport: Transport, eng
     )
 
 
-def _default_id(config: WorkerConfig) -> str:
-    return f"{config.roles[0].value}-{socket.gethostname()}-{os.getpid()}"
+def _served_name(config: WorkerConfig) -> str:
+    return (config.model.served_model_name or (config.model.model,))[0]
 
 
 def _shown(record: WorkerRecord, metrics_port: int | None) -> dict[str, Any]:
@@ -178,7 +183,8 @@ def count_steps(worker: Worker, metrics: WorkerMetrics) -> None:
         used = engine.num_used_blocks
         metrics.set_blocks(used=used, free=engine.num_blocks - used, total=engine.num_blocks)
         metrics.set_purposes(worker.blocks_by_purpose(), num_cached=engine.num_cached_blocks)
-        metrics.set_requests(running=load.num_running, waiting=load.num_waiting)
+        metrics.set_load(load)
+        metrics.set_prefix_lookups(engine.num_prefix_query_tokens, engine.num_prefix_hit_tokens)
         pressure = engine.pressure
         if pressure != seen:
             metrics.count_pressure(

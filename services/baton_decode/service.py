@@ -13,6 +13,7 @@ from baton.events import Emit
 from baton.messages import GenerateCall, GenerateChunk, SessionDown, SessionUp
 from baton.request import FinishReason
 from baton.rpc import DECODE_GENERATE, SESSION, Handlers
+from baton.tracing import NO_TRACING, Tracer
 from baton_decode.receive import Receiver
 from baton_decode.session import Context, Session
 
@@ -31,10 +32,11 @@ class DecodeService:
         emit: Emit,
         *,
         heartbeat_s: float,
+        tracer: Tracer = NO_TRACING,
     ) -> None:
         self._worker = worker
         self._context = Context(
-            worker, receiver, transport_name, transport_address, config, clock, emit, heartbeat_s
+            worker, receiver, transport_name, transport_address, config, clock, emit, heartbeat_s, tracer
         )
         worker.explain(receiver.explain)
 

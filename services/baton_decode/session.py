@@ -23,7 +23,7 @@ from baton.engine.batch import SequenceOutput, StepOutput
 from baton.engine.samples import begin_samples
 from baton.engine.worker import Worker
 from baton.errors import BatonError, DeadlineExceeded, InternalError, TransferError
-from baton.events import Emit
+from baton.events import Emit, about
 from baton.kv.block import num_blocks_for
 from baton.messages import (
     Cancel,
@@ -38,7 +38,8 @@ from baton.messages import (
     Submit,
     Ticket,
 )
-from baton.request import FinishReason, RequestId
+from baton.request import FinishReason, Request, RequestId
+from baton.tracing import NO_TRACING, Phases, SpanKind, Tracer
 from baton_decode.receive import Receiver
 
 
@@ -54,6 +55,11 @@ class Context:
     clock: Clock
     emit: Emit
     heartbeat_s: float
+    tracer: Tracer = NO_TRACING
+
+    def trace(self, request: Request) -> Phases:
+        attributes = {"baton.worker": self.worker.record.worker_id}
+        return Phases(self.tracer, self.clock, "decode", request.traceparent, SpanKind.SERVER, attributes)
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +69,8 @@ class _Job:
     handle: int  # of the first sample, and of what concerns the request
     request_ids: tuple[RequestId, ...]  # of all samples; the first is the request's own
     num_running: int  # samples that have not ended
+    request: Request
+    trace: Phases
     admitted: asyncio.Event = field(default_factory=asyncio.Event)
     starting: asyncio.Task[None] | None = None  # until it runs by itself in the engine
     recompute: asyncio.Future[Recompute] = field(
@@ -126,7 +134,7 @@ class Session:
             task.cancel()
         await asyncio.gather(*self._preparing, return_exceptions=True)
         for job in tuple(self._jobs.values()):
-            self._end(job)
+            self._end(job, "cancelled")
         if self._ending:
             await asyncio.gather(*self._ending, return_exceptions=True)
 
@@ -162,7 +170,10 @@ class Session:
         except BatonError as error:
             self._say(_failure(submit.handle, error))
             return
-        job = self._jobs[request_ids[0]] = _Job(submit.handle, request_ids, len(request_ids))
+        trace = self._context.trace(submit.request)
+        trace.phase("reserve" if submit.remote_prefill else "run")
+        job = _Job(submit.handle, request_ids, len(request_ids), submit.request, trace)
+        self._jobs[request_ids[0]] = job
         for handle, request_id in enumerate(request_ids, submit.handle):
             sample = _Sample(job, request_id, handle)
             self._samples[request_id] = self._by_handle[handle] = sample
@@ -196,6 +207,7 @@ class Session:
             submit.prefill_id,
         )
         self._say(self._ticket(job, submit, sequence.num_cached_tokens))
+        job.trace.phase("kv receive", {"baton.cached_tokens": sequence.num_cached_tokens})
         num_blocks = num_blocks_for(submit.request.num_prompt_tokens - sequence.num_cached_tokens, block_size)
         try:
             hand_over = await context.receiver.wait_verified(job.request_id)
@@ -205,7 +217,9 @@ class Session:
         context.receiver.go_live(job.request_id)
         started_s, ended_s = hand_over.opened_s or 0.0, hand_over.closed_s or 0.0
         self._say(Received(job.handle, num_blocks, hand_over.num_bytes, ended_s - started_s))
-        context.emit("kv.received", request=job.request_id, blocks=num_blocks)
+        context.emit("kv.received", **about(job.request), blocks=num_blocks)
+        job.trace.set({"baton.bytes": hand_over.num_bytes, "baton.mismatches": hand_over.num_mismatches})
+        job.trace.phase("run")
         job.starting = None
         self._run(job, engine.activate(job.request_id, hand_over.first_token))
 
@@ -215,7 +229,8 @@ class Session:
         self._say(Missed(job.handle, reason))
         await self._context.receiver.end(job.request_id, reason)
         recompute = await job.recompute
-        self._context.emit("kv.recomputed", request=job.request_id, why=recompute.reason)
+        self._context.emit("kv.recomputed", **about(job.request), why=recompute.reason)
+        job.trace.phase("run", {"baton.recomputed": recompute.reason})
         job.starting = None
         self._run(job, self._worker.engine.recompute(job.request_id, recompute.first_token))
 
@@ -264,8 +279,8 @@ class Session:
         if job.num_running > 1:
             self._drop(sample)
         else:
-            self._context.emit("request.cancelled", request=job.request_id)
-            self._end(job)
+            self._context.emit("request.cancelled", **about(job.request))
+            self._end(job, "cancelled")
 
     def _drop(self, sample: _Sample) -> None:
         """One of several."""
@@ -279,10 +294,11 @@ class Session:
         """Called from the request's own starting task, or when that has ended."""
         self._say(_failure(job.handle, error))
         job.starting = None
-        self._end(job)
+        self._end(job, error.code)
 
-    def _end(self, job: _Job) -> None:
+    def _end(self, job: _Job, error: str) -> None:
         """Stop what is under way; blocks go back once no write can land in them any more."""
+        job.trace.end(error)
         for request_id in job.request_ids:
             if (sample := self._samples.get(request_id)) is not None:
                 self._forget(sample)
@@ -304,6 +320,7 @@ class Session:
         sample.job.num_running -= 1
         if not sample.job.num_running:
             del self._jobs[sample.job.request_id]
+            sample.job.trace.end()
 
     # --- what the router hears ---
 

@@ -19,21 +19,24 @@ from baton.config import TransferConfig
 from baton.engine.batch import LayerProgress, SequenceOutput, StepOutput
 from baton.engine.worker import Worker
 from baton.errors import BatonError, InternalError, TransferError
-from baton.events import Emit
+from baton.events import Emit, about
 from baton.kv.layout import Storage
 from baton.messages import Holder, PrefillAnswer, PrefillCall, PrefillResult, Pushed, Ticket
 from baton.request import FinishReason, Request, RequestId
 from baton.rpc import PREFILL, Handlers
+from baton.tracing import NO_TRACING, Phases, SpanKind, Tracer
 from baton.transfer.base import Transport
 from baton.transfer.handshake import Kind, decide
-from baton.transfer.report import OnTransfer, Outcome, ignore
+from baton.transfer.report import OnTransfer, Outcome, TransferReport, ignore
 from baton_prefill.outgoing import layer_group_ends
 from baton_prefill.push import Connections, Push
 
 
 @dataclass(slots=True)
 class _Job:
+    request: Request
     push: Push
+    trace: Phases
     started_s: float
     first_step_s: float | None = None
     done: asyncio.Future[SequenceOutput] = field(  # with the first token
@@ -53,6 +56,7 @@ class PrefillService:
         clock: Clock,
         emit: Emit,
         on_transfer: OnTransfer = ignore,
+        tracer: Tracer = NO_TRACING,
     ) -> None:
         """`on_transfer` hears of every push once it has ended."""
         self._worker = worker
@@ -62,6 +66,7 @@ class PrefillService:
         self._clock = clock
         self._emit = emit
         self._on_transfer = on_transfer
+        self._tracer = tracer
         self._connections = Connections(transport, config.push_timeout_s)
         self._jobs: dict[RequestId, _Job] = {}
         self._pushes: dict[asyncio.Task[Outcome], None] = {}  # in the order they were made
@@ -124,22 +129,35 @@ class PrefillService:
             piece_bytes=self._config.piece_bytes,
             timeout_s=self._config.push_timeout_s,
         )
-        job = self._jobs[request.request_id] = _Job(push, self._clock.now())
-        pushing = asyncio.create_task(self._push(job, request.request_id))
+        job = _Job(request, push, self._trace(request), self._clock.now())
+        self._jobs[request.request_id] = job
+        pushing = asyncio.create_task(self._push(job))
         self._pushes[pushing] = None
         # A callback, not a `finally` in the task: a task cancelled before its first turn never reaches its `finally`.
         pushing.add_done_callback(lambda task: self._forget(task, request.request_id))
         return job, pushing
+
+    def _trace(self, request: Request) -> Phases:
+        attributes = {"baton.worker": self._worker.record.worker_id}
+        return Phases(self._tracer, self._clock, "prefill", request.traceparent, SpanKind.SERVER, attributes)
 
     async def _first_token(self, job: _Job, request: Request) -> PrefillResult:
         sequence = self._worker.engine.sequence(request.request_id)
         first = await job.done
         now = self._clock.now()
         first_step_s = job.first_step_s or now
+        num_cached_tokens = sequence.num_cached_tokens if sequence is not None else 0
+        job.trace.past("queue", job.started_s, first_step_s, {})
+        job.trace.past(
+            "compute",
+            first_step_s,
+            now,
+            {"baton.tokens": request.num_prompt_tokens, "baton.cached_tokens": num_cached_tokens},
+        )
         return PrefillResult(
             token_id=first.token_ids[0],
             finish_reason=first.finish_reason,
-            num_cached_tokens=sequence.num_cached_tokens if sequence is not None else 0,
+            num_cached_tokens=num_cached_tokens,
             queue_s=first_step_s - job.started_s,
             prefill_s=now - first_step_s,
             load=self._worker.engine.load(),
@@ -181,16 +199,16 @@ class PrefillService:
         if job is not None and not job.done.done():
             job.push.computed(progress.num_tokens, progress.block_table, progress.num_layers)
 
-    async def _push(self, job: _Job, request_id: RequestId) -> Outcome:
+    async def _push(self, job: _Job) -> Outcome:
         push = job.push
         try:
             await push.run(self._connections)
         except BatonError as error:
-            self._emit("push.failed", request=request_id, why=error.message)
+            self._emit("push.failed", **about(job.request), why=error.message)
             return "failed"
         report = push.report("ok")
         self._emit(
-            "push.done", request=request_id, pieces=push.sending.num_left,
+            "push.done", **about(job.request), pieces=push.sending.num_left,
             bytes=report.num_bytes, seconds=report.seconds, exposed_s=report.exposed_s,
         )  # fmt: skip
         return "ok"
@@ -202,4 +220,18 @@ class PrefillService:
         self._worker.engine.abort(request_id)
         self._worker.admit()
         outcome: Outcome = "cancelled" if pushing.cancelled() else pushing.result()
-        self._on_transfer(job.push.report(outcome))
+        report = job.push.report(outcome)
+        self._on_transfer(report)
+        self._end_trace(job, report)
+
+    def _end_trace(self, job: _Job, report: TransferReport) -> None:
+        now_s, error = self._clock.now(), "" if report.outcome == "ok" else report.outcome
+        attributes = {
+            "baton.bytes": report.num_bytes,
+            "baton.transport": report.transport,
+            "baton.exposed_s": report.exposed_s,
+            "baton.mismatches": report.num_mismatches,
+            "baton.to": job.push.ticket.worker_id,
+        }
+        job.trace.past("kv push", now_s - report.seconds, now_s, attributes, error)
+        job.trace.end(error)

@@ -5,16 +5,18 @@ An `Answer` is open for as long as its client is there: closing it early cancels
 
 import logging
 import random
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from baton.clock import Clock
 from baton.engine.detokenizer import Delta, TextStream, TokenText
 from baton.errors import BatonError, InternalError
+from baton.events import about
 from baton.request import FinishReason, PromptLogprobs, Request, RequestId, TokenLogprobs
 from baton.telemetry import event
+from baton.tracing import NO_TRACING, Span, Tracer
 from baton_router.generation import Generator, Tokens
 from baton_router.metrics import RouterMetrics
 
@@ -33,12 +35,19 @@ class OpenAnswers:
         clock: Clock,
         rng: random.Random,
         metrics: RouterMetrics,
+        model_name: str,
+        tracer: Tracer = NO_TRACING,
+        prompt_text: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
+        """`prompt_text` where prompts may be logged."""
         self.generator = generator
         self.token_text = token_text
         self.clock = clock
         self._rng = rng
         self._metrics = metrics
+        self._model_name = model_name
+        self._tracer = tracer
+        self._prompt_text = prompt_text
         self._ids: set[str] = set()
 
     def cancel_all(self) -> None:
@@ -54,6 +63,23 @@ class OpenAnswers:
         self._metrics.num_running.inc()
         return replace(request, request_id=request_id)
 
+    def begin_span(self, request: Request, arrival_s: float, operation: str) -> Span:
+        sampling = request.sampling
+        attributes = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": "baton",
+            "gen_ai.request.model": self._model_name,
+            "gen_ai.response.model": self._model_name,
+            "gen_ai.response.id": request.request_id,
+            "gen_ai.request.max_tokens": sampling.max_tokens,
+            "gen_ai.request.temperature": sampling.temperature,
+            "gen_ai.request.top_p": sampling.top_p,
+            "gen_ai.request.choice.count": sampling.n if sampling.n > 1 else None,
+            "gen_ai.request.seed": sampling.seed,
+        }
+        name = f"{operation} {self._model_name}"
+        return self._tracer.begin(name, request.traceparent, arrival_s, attributes)
+
     def closed(self, answer: "Answer") -> None:
         self._ids.discard(answer.request.request_id)
         self._metrics.num_running.dec()
@@ -63,17 +89,47 @@ class OpenAnswers:
             ttft_s=answer.ttft_s,
             mean_itl_s=answer.mean_itl_s,
             e2e_s=answer.e2e_s,
+            finish_reason=answer.choices[0].finish_reason,
         )
+        answer.span.set(_result_attributes(answer))
+        answer.span.end(self.clock.now(), "" if answer.status == 200 else str(answer.status))
+        self._log(answer)
+
+    def _log(self, answer: "Answer") -> None:
+        request, fields = answer.request, {}
+        level = logging.WARNING if answer.status >= 500 else logging.DEBUG
+        if self._prompt_text is not None:
+            fields["prompt"], level = self._prompt_text(request.prompt_token_ids), max(level, logging.INFO)
+        if not log.isEnabledFor(level):
+            return
+        record = self.generator.record(request.request_id)
         event(
             log,
             "request ended",
-            level=logging.DEBUG,
-            request=answer.request.request_id,
+            level=level,
+            **about(request),
             status=answer.status,
-            tokens_in=answer.request.num_prompt_tokens,
+            why=answer.why,
+            tokens_in=request.num_prompt_tokens,
             tokens_out=answer.num_output_tokens,
             user=answer.user,
+            prefill=record.prefill_worker if record else None,
+            decode=record.decode_worker if record else None,
+            **fields,
         )
+
+
+def _result_attributes(answer: "Answer") -> dict[str, Any]:
+    reasons = [choice.finish_reason.value for choice in answer.choices if choice.finish_reason is not None]
+    return {
+        "gen_ai.usage.input_tokens": answer.request.num_prompt_tokens,
+        "gen_ai.usage.output_tokens": answer.num_output_tokens,
+        "gen_ai.usage.cache_read.input_tokens": answer.num_cached_tokens,
+        "gen_ai.response.finish_reasons": reasons or None,
+        "gen_ai.latency.time_to_first_token": answer.ttft_s,
+        "gen_ai.latency.e2e": answer.e2e_s,
+        "http.response.status_code": answer.status,
+    }
 
 
 class Choice:
@@ -136,15 +192,18 @@ class Answer:
         "_finished_s",
         "_first_token_s",
         "_open",
+        "_operation",
         "_single",
         "_timeout_s",
         "choices",
         "num_running",
         "prompt_logprobs",
         "request",
+        "span",
         "status",
         "tokens",
         "user",
+        "why",
     )
 
     tokens: AsyncGenerator[list[Tokens], None]
@@ -158,11 +217,14 @@ class Answer:
         user: str | None,
         *,
         prompt_only: bool = False,
+        operation: str = "text_completion",
     ) -> None:
         self.request = request  # under its own id once it is open
         self.user = user
         self.prompt_logprobs: PromptLogprobs | None = None  # there before the first text, where asked for
         self.status = CLIENT_GONE  # as it is counted
+        self.why = ""  # of an answer that failed
+        self.span: Span
         params = request.sampling
         self.choices = tuple(
             Choice(
@@ -177,13 +239,16 @@ class Answer:
         self.num_running = params.n  # choices that have not ended
         self._single = self.choices[0] if params.n == 1 else None
         self._open = open_answers
+        self._operation = operation
         self._arrival_s = arrival_s
         self._timeout_s = timeout_s
         self._first_token_s: float | None = None
         self._finished_s: float | None = None
 
     async def __aenter__(self) -> Self:
-        self.request = self._open.opened(self.request)
+        request = self._open.opened(self.request)
+        self.span = self._open.begin_span(request, self._arrival_s, self._operation)
+        self.request = replace(request, traceparent=self.span.traceparent)
         self.tokens = self._open.generator.generate(self.request, timeout_s=self._timeout_s)
         return self
 
@@ -197,6 +262,7 @@ class Answer:
         finally:
             if isinstance(exc, Exception):
                 self.status = exc.status if isinstance(exc, BatonError) else InternalError.status
+                self.why = str(exc) if self.status >= 500 else ""  # others may quote what the user wrote
             elif exc is None:
                 self.status = 200
             self._open.closed(self)

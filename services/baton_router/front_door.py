@@ -23,6 +23,7 @@ from baton.request import (
     TokenSequence,
 )
 from baton.tokenizer import Tokenizer
+from baton.tracing import NO_TRACING, Tracer, valid_traceparent
 from baton_router.answer import Answer, OpenAnswers
 from baton_router.generation import Generator
 from baton_router.metrics import RouterMetrics
@@ -42,6 +43,8 @@ class FrontDoor:
         metrics: RouterMetrics,
         *,
         request_timeout_s: float = 600.0,
+        tracer: Tracer = NO_TRACING,
+        log_prompts: bool = False,
     ) -> None:
         """`max_model_len` is None for as long as no worker is known. Model names: the first is the proper one."""
         self.generator = generator
@@ -54,7 +57,16 @@ class FrontDoor:
         self.token_text = TokenText(tokenizer.backend)
         self.started_at = int(clock.wall())
         self._rng = rng
-        self._open = OpenAnswers(generator, self.token_text, clock, rng, metrics)
+        self._open = OpenAnswers(
+            generator,
+            self.token_text,
+            clock,
+            rng,
+            metrics,
+            self.served_model_names[0],
+            tracer,
+            tokenizer.decode if log_prompts else None,
+        )
 
     def check_model(self, name: str) -> None:
         if name not in self.served_model_names:
@@ -121,9 +133,19 @@ class FrontDoor:
         sampling: SamplingParams,
         cache_salt: str,
         priority: int,
+        traceparent: str,
     ) -> Request:
+        """`traceparent` as the client sent it, if it did."""
         eos = self.tokenizer.eos_token_ids
-        return Request(RequestId(wanted_id), tuple(prompt_token_ids), sampling, eos, cache_salt, priority)
+        return Request(
+            RequestId(wanted_id),
+            tuple(prompt_token_ids),
+            sampling,
+            eos,
+            cache_salt,
+            priority,
+            valid_traceparent(traceparent),
+        )
 
     def answer(
         self,
@@ -133,10 +155,14 @@ class FrontDoor:
         timeout_s: float | None = None,
         user: str | None = None,
         prompt_only: bool = False,
+        operation: str = "text_completion",
     ) -> Answer:
-        """Nothing happens before it is entered. `prompt_only`: no text is wanted but the prompt's."""
+        """Nothing happens before it is entered. `prompt_only`: no text is wanted but the prompt's. `operation` is
+        OpenTelemetry's name for what is done."""
         timeout_s = timeout_s or self.request_timeout_s
-        return Answer(self._open, request, arrival_s, timeout_s, user, prompt_only=prompt_only)
+        return Answer(
+            self._open, request, arrival_s, timeout_s, user, prompt_only=prompt_only, operation=operation
+        )
 
     def cancel_all(self) -> None:
         """Every client that still waits for an answer gets an error instead."""

@@ -16,6 +16,7 @@ from baton.messages import (
 )
 from baton.request import SamplingParams
 from baton.rpc import ROUTER_CANCEL, ROUTER_GENERATE, ROUTER_LIST_WORKERS, Handlers
+from baton.tracing import CALLER
 from baton_router.answer import CLIENT_GONE
 from baton_router.app import REQUEST_ID
 from baton_router.fleet_view import FleetView
@@ -58,7 +59,12 @@ class RouterService:
         prompt = await self._prompt(call)
         sampling = self._sampling(call.sampling, len(prompt))
         request = self._door.request(
-            call.request_id or self._door.draw_id(), prompt, sampling, call.cache_salt, call.priority
+            call.request_id or self._door.draw_id(),
+            prompt,
+            sampling,
+            call.cache_salt,
+            call.priority,
+            CALLER.get(),
         )
         timeout_s = min(call.deadline_s, self._door.request_timeout_s)
         async with self._door.answer(request, arrival_s=arrival_s, timeout_s=timeout_s) as answer:

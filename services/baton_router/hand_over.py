@@ -14,7 +14,7 @@ from contextlib import aclosing
 
 from baton.clock import Clock
 from baton.errors import BatonError, DeadlineExceeded, TransferError, WorkerLost
-from baton.events import Emit
+from baton.events import Emit, about
 from baton.messages import PrefillCall, PrefillResult, Pushed
 from baton_router.canary import Canary
 from baton_router.generation import Tokens
@@ -99,7 +99,7 @@ class HandOver:
             return
         self._repaired = True
         self._emit(
-            "handover.repaired", request=attempt.request.request_id, why=error.message,
+            "handover.repaired", **about(attempt.request), why=error.message,
             prefill=self._prefill.record.worker_id, decode=self._decode.record.worker_id,
             first_token=self._first_token is not None,
         )  # fmt: skip

@@ -4,11 +4,32 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from baton.messages import Role, WorkerRecord
+from baton.request import FinishReason
 from baton_router.fleet_view import FleetView, transports_in_use
 
 TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0)
 ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0)
 E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+LENGTH_BUCKETS = (
+    1,
+    2,
+    5,
+    10,
+    20,
+    50,
+    100,
+    200,
+    500,
+    1000,
+    2000,
+    5000,
+    10_000,
+    20_000,
+    50_000,
+    100_000,
+    200_000,
+)
 
 
 class RouterMetrics:
@@ -28,6 +49,29 @@ class RouterMetrics:
         self._prompt_tokens = Counter("baton_router_prompt_tokens", "Prompt tokens.", registry=registry)
         self._generation_tokens = Counter(
             "baton_router_generation_tokens", "Generated tokens.", registry=registry
+        )
+        self._successes = Counter(
+            "baton_router_request_success",
+            "Answers that were finished.",
+            ["finished_reason"],
+            registry=registry,
+        )
+        for reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._successes.labels(reason.value)  # 0 is news too
+        self._prompt_lengths = Histogram(
+            "baton_router_request_prompt_tokens", "Per request.", buckets=LENGTH_BUCKETS, registry=registry
+        )
+        self._output_lengths = Histogram(
+            "baton_router_request_generation_tokens",
+            "Per request.",
+            buckets=LENGTH_BUCKETS,
+            registry=registry,
+        )
+        self._waiting = Gauge(
+            "baton_router_num_requests_waiting", "Requests that wait in a decode worker.", registry=registry
+        )
+        self._kv_usage = Gauge(
+            "baton_router_kv_cache_usage_ratio", "Of all decode workers, 0 to 1.", registry=registry
         )
         self._workers = Gauge("baton_router_workers", "Workers known.", ["role", "state"], registry=registry)
         self._transport = Gauge(
@@ -58,8 +102,13 @@ class RouterMetrics:
         ttft_s: float | None,
         mean_itl_s: float | None,
         e2e_s: float | None,
+        finish_reason: FinishReason | None = None,
     ) -> None:
         """`e2e_s` of a finished request only; what was not reached is None."""
+        self._prompt_lengths.observe(num_prompt_tokens)
+        self._output_lengths.observe(num_output_tokens)
+        if e2e_s is not None and finish_reason is not None:
+            self._successes.labels(finish_reason.value).inc()
         self._prompt_tokens.inc(num_prompt_tokens)
         self._generation_tokens.inc(num_output_tokens)
         for histogram, seconds in ((self._ttft, ttft_s), (self._itl, mean_itl_s), (self._e2e, e2e_s)):
@@ -77,8 +126,15 @@ class RouterMetrics:
         self._transport.clear()
         for transport in transports_in_use(fleet):
             self._transport.labels(transport).set(1)
+        self._observe_load([record for record in fleet.records() if Role.DECODE in record.roles])
         for (prefill, decode), counts in fleet.pair_counts().items():
             self._pairs.labels(prefill, decode, "mismatches").set(counts.num_mismatches)
             self._pairs.labels(prefill, decode, "repairs").set(counts.num_repairs)
             self._pairs.labels(prefill, decode, "quarantines").set(counts.num_quarantines)
         self._index_healthy.set(fleet.index_health().healthy)
+
+    def _observe_load(self, decodes: Sequence[WorkerRecord]) -> None:
+        self._waiting.set(sum(record.load.num_waiting for record in decodes))
+        num_blocks = sum(record.num_blocks for record in decodes)
+        num_free = sum(record.load.num_free_blocks for record in decodes)
+        self._kv_usage.set((num_blocks - num_free) / num_blocks if num_blocks else 0.0)

@@ -14,6 +14,7 @@ import asyncio
 import random
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 from baton.clock import Clock
 from baton.config import RouterConfig
@@ -26,10 +27,11 @@ from baton.errors import (
     TransferError,
     Unavailable,
 )
-from baton.events import Emit
+from baton.events import Emit, about
 from baton.kv.block import BlockHash, block_hashes, root_hash
 from baton.messages import PrefillCall, PrefillResult, Role, Ticket
 from baton.request import Request, WorkerId
+from baton.tracing import NO_TRACING, Phases, SpanKind, Tracer
 from baton_router.admission import Admission
 from baton_router.fleet import Fleet
 from baton_router.generation import Record, Tokens, TokenStream
@@ -45,13 +47,20 @@ class Pipeline:
     """Implements `generation.Generator`. Owns the requests in flight and the records of recent ones."""
 
     def __init__(
-        self, config: RouterConfig, fleet: Fleet, clock: Clock, rng: random.Random, emit: Emit
+        self,
+        config: RouterConfig,
+        fleet: Fleet,
+        clock: Clock,
+        rng: random.Random,
+        emit: Emit,
+        tracer: Tracer = NO_TRACING,
     ) -> None:
         self._config = config
         self._fleet = fleet
         self._clock = clock
         self._rng = rng
         self._emit = emit
+        self._tracer = tracer
         self.admission = Admission(config.max_num_requests)
         self._streams: dict[str, TokenStream] = {}
         self._attempts: dict[str, tuple[Session, Attempt]] = {}
@@ -74,7 +83,7 @@ class Pipeline:
                 serving.cancel()
                 await asyncio.gather(serving, return_exceptions=True)
                 del self._streams[request.request_id]
-                self._close_record(record)
+                self._close_record(request, record)
 
     def drop(self, request_id: str, sample: int) -> None:
         if (found := self._attempts.get(request_id)) is not None:
@@ -145,17 +154,26 @@ class Pipeline:
         *,
         is_trial: bool = False,
     ) -> None:
-        session, request = decode.session, chains.request
+        session = decode.session
+        trace = self._attempt_trace(chains.request, decode)
+        request = replace(chains.request, traceparent=trace.traceparent)
         attempt = session.submit(
             request, stream, epoch=1, deadline_s=timeout_s, prefill_id=prefill.record.worker_id
         )
         self._attempts[request.request_id] = session, attempt
+        trace.phase("ticket")
         try:
             ticket = await self._ticket(attempt)
             record.ticket_s = self._clock.now()
             record.num_cached_tokens_decode = ticket.num_cached_tokens
             self._confirm(chains, ticket)
-            call = PrefillCall(request, ticket, min(timeout_s, self._config.prefill_timeout_s))
+            trace.phase("answer")
+            asking = trace.call("prefill call", {"baton.worker": prefill.record.worker_id})
+            call = PrefillCall(
+                replace(request, traceparent=asking.traceparent),
+                ticket,
+                min(timeout_s, self._config.prefill_timeout_s),
+            )
             attempt.received.add_done_callback(lambda _: self._note_transfer(record, attempt))
             hand_over = HandOver(
                 attempt,
@@ -181,24 +199,32 @@ class Pipeline:
             finally:
                 running.cancel()
                 await asyncio.gather(running, return_exceptions=True)
+                asking.end(self._clock.now())
         finally:
-            self._end_attempt(session, attempt)
+            self._end_attempt(session, attempt, trace)
 
     async def _run_alone(
         self, request: Request, record: Record, stream: TokenStream, decode: Link, timeout_s: float
     ) -> None:
         session = decode.session
+        trace = self._attempt_trace(request, decode)
+        request = replace(request, traceparent=trace.traceparent)
         attempt = session.submit(request, stream, epoch=1, deadline_s=timeout_s, prefill_id=None)
         self._attempts[request.request_id] = session, attempt
         attempt.start_stream()
         try:
             await attempt.finished
         finally:
-            self._end_attempt(session, attempt)
+            self._end_attempt(session, attempt, trace)
 
-    def _end_attempt(self, session: Session, attempt: Attempt) -> None:
+    def _attempt_trace(self, request: Request, decode: Link) -> Phases:
+        attributes = {"baton.worker": decode.record.worker_id}
+        return Phases(self._tracer, self._clock, "attempt", request.traceparent, SpanKind.CLIENT, attributes)
+
+    def _end_attempt(self, session: Session, attempt: Attempt, trace: Phases) -> None:
         self._attempts.pop(attempt.request.request_id, None)
         session.cancel(attempt)
+        trace.end(attempt.error)
 
     def _place(self, chains: "_Chains", record: Record) -> tuple[Link | None, Link]:
         """Raises Unavailable when nobody could serve it."""
@@ -219,13 +245,18 @@ class Pipeline:
         )
         if placement is None:
             raise InternalError("placement found no decode worker among the ready ones")
-        return self._note_placement(record, placement)
+        return self._note_placement(request, record, placement)
 
-    def _note_placement(self, record: Record, placement: Placement) -> tuple[Link | None, Link]:
+    def _note_placement(
+        self, request: Request, record: Record, placement: Placement
+    ) -> tuple[Link | None, Link]:
         record.placed_s = self._clock.now()
         record.prefill_worker, record.decode_worker = placement.prefill, placement.decode
-        self._emit(
-            "request.placed", request=record.request_id, prefill=placement.prefill, decode=placement.decode
+        pair = {"prefill": placement.prefill, "decode": placement.decode}
+        self._emit("request.placed", **about(request), **pair)
+        attributes = {f"baton.{role}_worker": worker for role, worker in pair.items()}
+        self._tracer.start("place", request.traceparent, record.arrival_s, SpanKind.INTERNAL, attributes).end(
+            record.placed_s
         )
         prefill = self._fleet.link(placement.prefill) if placement.prefill is not None else None
         return prefill, self._fleet.link(placement.decode)
@@ -287,11 +318,11 @@ class Pipeline:
         record.num_bytes_transferred = received.num_bytes
         record.transfer_s = received.seconds
 
-    def _close_record(self, record: Record) -> None:
+    def _close_record(self, request: Request, record: Record) -> None:
         record.finished_s = self._clock.now()
         self._emit(
             "request.ended",
-            request=record.request_id,
+            **about(request),
             tokens=record.num_output_tokens,
             reason=record.finish_reason,
             error=record.error,

@@ -16,8 +16,10 @@ from baton.garbage import tune_garbage_collector
 from baton.index.base import PrefixIndex
 from baton.index.redis import RedisIndex
 from baton.model_files import resolve_model
+from baton.otel import tracing
 from baton.rpc import GrpcRpc, Server
 from baton.tokenizer import load_tokenizer
+from baton.vllm_metrics import RouterVllmNames
 from baton_router.api_keys import load_api_keys
 from baton_router.app import HttpServer, create_app, serve_http
 from baton_router.fleet import Fleet
@@ -44,6 +46,7 @@ async def run_router(config: RouterConfig, *, stop: asyncio.Event, ready: Ready)
     )
     tokenizer = load_tokenizer(model_dir, clock)
     async with contextlib.AsyncExitStack() as closing:
+        tracer = await closing.enter_async_context(tracing("router", clock))
         index = _index(config, clock)
         if index is not None:
             closing.push_async_callback(index.aclose)
@@ -51,7 +54,7 @@ async def run_router(config: RouterConfig, *, stop: asyncio.Event, ready: Ready)
         mirror = PrefixMirror(clock, grace_s=MIRROR_GRACE_LEASES * config.index.lease_s)
         fleet = Fleet(config, rpc, mirror, index, clock, emit)
         rng = random.SystemRandom()
-        pipeline = Pipeline(config, fleet, clock, rng, emit)
+        pipeline = Pipeline(config, fleet, clock, rng, emit, tracer)
         door = FrontDoor(
             pipeline,
             tokenizer,
@@ -59,8 +62,10 @@ async def run_router(config: RouterConfig, *, stop: asyncio.Event, ready: Ready)
             lambda: _max_model_len(config, fleet),
             clock,
             rng,
-            RouterMetrics(CollectorRegistry()),
+            _metrics(config),
             request_timeout_s=config.request_timeout_s,
+            tracer=tracer,
+            log_prompts=config.log_prompts,
         )
         following = asyncio.create_task(fleet.run(pipeline.trial))
         closing.push_async_callback(_cancelled, following)
@@ -76,6 +81,14 @@ async def run_router(config: RouterConfig, *, stop: asyncio.Event, ready: Ready)
         await asyncio.wait((following, stopping), return_when=asyncio.FIRST_COMPLETED)
         if following.done():
             following.result()
+
+
+def _metrics(config: RouterConfig) -> RouterMetrics:
+    registry = CollectorRegistry()
+    metrics = RouterMetrics(registry)
+    names = config.model.served_model_name or (config.model.model,)
+    registry.register(RouterVllmNames(registry, names[0], "router"))
+    return metrics
 
 
 def _index(config: RouterConfig, clock: Clock) -> PrefixIndex | None:

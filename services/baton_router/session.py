@@ -47,6 +47,7 @@ class Attempt:
         self._num_running = request.sampling.n
         self._held: list[Tokens] | None = []  # what came before the first token was given to the stream
         self.on_missed: Callable[[str], None] = lambda reason: None  # the KV did not arrive
+        self.error = ""  # the code of what it failed with
 
     @property
     def handles(self) -> range:
@@ -119,6 +120,7 @@ class Attempt:
         self._resolve(self.received, received)
 
     def fail(self, error: BatonError) -> None:
+        self.error = self.error or error.code
         for future in (self.ticket, self.received, self.finished):
             if not future.done():
                 future.set_exception(error)

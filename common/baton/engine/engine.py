@@ -80,6 +80,8 @@ class Engine:
         self._outcomes = Outcomes(self._kv, self._scheduler, self._drop)
         self._steps = Steps(runner, clock)
         self._sequences: dict[RequestId, Sequence] = {}
+        self.num_prefix_query_tokens = 0  # of prompts that were admitted
+        self.num_prefix_hit_tokens = 0  # of these, in the prefix cache
         self._granted: list[RequestId] = []  # reservations that got blocks; the next step's output tells
         self._layer_ends: tuple[int, ...] = ()
         self._on_layers: Callable[[LayerProgress], None] | None = None
@@ -319,6 +321,9 @@ class Engine:
         """The time of admission; the ids of those that wait for their KV now."""
         admitted = list(admitted)
         for sequence in admitted:
+            if not sequence.admitted_s:  # else it had to give way in between
+                self.num_prefix_query_tokens += sequence.request.num_prompt_tokens
+                self.num_prefix_hit_tokens += sequence.num_cached_tokens
             sequence.admitted_s = self._clock.now()
         return [sequence.request_id for sequence in admitted if sequence.remote]
 

@@ -22,6 +22,7 @@ from baton.errors import BatonError, ConfigError, DeadlineExceeded, InternalErro
 from baton.rpc import health
 from baton.rpc.base import Channel, Handlers, Method, Req, Res, Rpc, Server
 from baton.rpc.calls import Feeding, respond, single, was_cancelled
+from baton.tracing import CALLER, valid_traceparent
 
 ERROR_TRAILER = "baton-error-bin"
 MAX_DETAILS = 200  # characters of an error's message in the status itself; the trailer has more
@@ -151,6 +152,7 @@ class _GrpcServer(Server):
             task = asyncio.current_task()
             assert task is not None
             self._running.add(task)
+            CALLER.set(valid_traceparent(_metadata(context, "traceparent")))
             try:
                 if self._authorize is not None:
                     self._authorize(_authorization(context))
@@ -174,6 +176,13 @@ class _Decoded(AsyncIterator[Any]):
 
     async def __anext__(self) -> Any:
         return codec.decode(self._type, await anext(self._messages))
+
+
+def _metadata(context: Any, wanted: str) -> str | None:
+    for key, value in context.invocation_metadata() or ():
+        if key == wanted and isinstance(value, str):
+            return value
+    return None
 
 
 def _encoding(method: Method[Any, Any], context: Any) -> Callable[[Any], Awaitable[None]]:

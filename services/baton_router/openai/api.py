@@ -118,13 +118,22 @@ class Api:
         )
         door.check_sampling(sampling, num_prompt_tokens)
         request = door.request(
-            exchange.request_id, prompt.token_ids, sampling, body.cache_salt or "", body.priority or 0
+            exchange.request_id,
+            prompt.token_ids,
+            sampling,
+            body.cache_salt or "",
+            body.priority or 0,
+            http.headers.get("traceparent", ""),
         )
         user = body.user or body.safety_identifier
 
         def open_answer() -> Answer:
             return door.answer(
-                request, arrival_s=exchange.arrival_s, user=user, prompt_only=body.is_about_prompt
+                request,
+                arrival_s=exchange.arrival_s,
+                user=user,
+                prompt_only=body.is_about_prompt,
+                operation="chat" if isinstance(body, schema.ChatCompletionRequest) else "text_completion",
             )
 
         def format_of(request: BatonRequest) -> AnswerFormat:
