@@ -63,6 +63,7 @@ KUBE_VERSIONS = (
 CUSTOM = {
     "Certificate",
     "Issuer",
+    "ServiceMonitor",
     "HTTPRoute",
     "PodMonitor",
     "PrometheusRule",
@@ -156,6 +157,7 @@ def test_mistakes_in_values_are_named(values: dict[str, Any], complaint: str) ->
     [
         ({"redis": {"embedded": False}}, "redis.external.urlSecret"),
         ({"workers": {"decode": {"autoscaling": SCALED}}}, "prometheusUrl"),
+        ({"monitoring": {"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}}}, "only one"),
         ({"kvTls": {"secret": "a", "certManager": {"enabled": True}}}, "only one"),
         ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs"),
         ({"ingress": {"enabled": True, "tlsSecret": "tls"}}, "ingress.host"),
@@ -362,6 +364,20 @@ def test_queries_ask_for_this_release_only() -> None:
     for query in queries(manifests):
         selectors = re.findall(r"\b(?:baton_\w+|up)(\{.*?\})", query)
         assert selectors and all(job in selector for selector in selectors), query
+
+
+def test_a_monitor_of_services_finds_the_same_under_the_same_labels() -> None:
+    manifests = rendered({"monitoring": {"serviceMonitor": {"enabled": True}}})
+    (monitor,) = of_kind(manifests, "ServiceMonitor")
+    endpoints = monitor["spec"]["endpoints"]
+    assert monitor["spec"]["targetLabels"] == ["app.kubernetes.io/component"]
+    for endpoint in endpoints:
+        assert endpoint["relabelings"] == [{"targetLabel": "job", "replacement": "prod/demo-baton"}]
+    wanted = {endpoint["port"] for endpoint in endpoints}
+    for service in of_kind(manifests, "Service"):
+        assert matches(monitor["spec"]["selector"], service["metadata"]["labels"])
+        found = wanted & {port["name"] for port in service["spec"]["ports"]}
+        assert len(found) == (component(service) != "redis")
 
 
 def test_the_monitor_finds_routers_and_workers() -> None:
