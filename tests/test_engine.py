@@ -441,6 +441,19 @@ async def test_a_request_without_numbers_fails_alone() -> None:
     _assert_idle(engine)
 
 
+async def test_what_led_to_no_numbers_is_nobodys_prefix() -> None:
+    engine, runner = make_engine(max_num_seqs=2, max_num_batched_tokens=8)
+    engine.add(make_request("a", range(30), 4))
+    runner.nan_requests.add(A)
+    assert (await run_until_idle(engine)).finished == {"a": "error"}
+    assert not list(engine.cached_hashes())
+    added, removed = engine.block_events()
+    assert not set(added) - set(removed)
+    engine.add(make_request("b", range(30), 4))
+    assert (await run_until_idle(engine)).tokens["b"] == expected_tokens(range(30), 4)
+    _assert_idle(engine)
+
+
 @pytest.mark.parametrize(
     ("request_", "error", "param"),
     [

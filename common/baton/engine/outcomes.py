@@ -71,6 +71,8 @@ class Outcomes:
     def _fail(self, sequence: Sequence, error: str, *, corrupted: bool = False) -> SequenceOutput:
         sequence.finish_reason = FinishReason.ERROR
         num_computed_tokens = sequence.num_computed_tokens
+        if corrupted:
+            self._kv.forget(sequence)  # or the next prompt that begins alike would fail, too
         if sequence.prefill_only:
             self._scheduler.hold(sequence)  # what it computed may be on the wire: release gives it back
         else:

@@ -73,6 +73,11 @@ class BlockPool:
             self._cached[block_hash] = block_id
             _note(block_hash, self._added, self._removed)
 
+    def forget(self, block_id: BlockId) -> None:
+        """A used block's content is found by nobody any more; who has it keeps it."""
+        assert self._ref_cnt[block_id] > 0
+        self._uncache(block_id)
+
     def release(self, block_id: BlockId) -> None:
         assert self._ref_cnt[block_id] > 0
         self._ref_cnt[block_id] -= 1
@@ -109,12 +114,15 @@ class BlockPool:
     def _take_oldest(self) -> BlockId:
         block_id, _ = self._free.popitem(last=False)
         self._ref_cnt[block_id] = 1
+        self._uncache(block_id)
+        return block_id
+
+    def _uncache(self, block_id: BlockId) -> None:
         block_hash = self._hash[block_id]
         if block_hash is not None:
             self._hash[block_id] = None
             del self._cached[block_hash]
             _note(block_hash, self._removed, self._added)
-        return block_id
 
 
 def _note(block_hash: BlockHash, events: dict[BlockHash, None], opposite: dict[BlockHash, None]) -> None:

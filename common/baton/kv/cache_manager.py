@@ -100,6 +100,11 @@ class KVCacheManager:
             self._swap_in(sequence, len(hits))
         return True
 
+    def forget(self, sequence: Sequence) -> None:
+        """What its blocks hold is not to be trusted: no other sequence begins with them from now on."""
+        for block_id in sequence.block_table:
+            self._pool.forget(block_id)
+
     def can_swap_out(self, sequence: Sequence) -> bool:
         if self._host is None or sequence.block_copy is not None:
             return False
