@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from baton.messages import Role, WorkerRecord
 from baton.request import FinishReason
+from baton_router.canary import PairCounts
 from baton_router.fleet_view import FleetView, transports_in_use
 
 TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0)
@@ -127,7 +128,8 @@ class RouterMetrics:
         for transport in transports_in_use(fleet):
             self._transport.labels(transport).set(1)
         self._observe_load([record for record in fleet.records() if Role.DECODE in record.roles])
-        for (prefill, decode), counts in fleet.pair_counts().items():
+        unseen = {(p.worker_id, d.worker_id): PairCounts() for p, d in fleet.pairs()}  # 0 is news too
+        for (prefill, decode), counts in (unseen | dict(fleet.pair_counts())).items():
             self._pairs.labels(prefill, decode, "mismatches").set(counts.num_mismatches)
             self._pairs.labels(prefill, decode, "repairs").set(counts.num_repairs)
             self._pairs.labels(prefill, decode, "quarantines").set(counts.num_quarantines)

@@ -88,6 +88,17 @@ def of_kind(manifests: list[Manifest], *kinds: str) -> list[Manifest]:
     return [manifest for manifest in manifests if manifest["kind"] in kinds]
 
 
+def dashboards(manifests: list[Manifest]) -> dict[str, Any]:
+    """File name -> what Grafana reads."""
+    found = (m for m in of_kind(manifests, "ConfigMap") if m["metadata"]["name"].endswith("-dashboards"))
+    return {name: json.loads(text) for m in found for name, text in m["data"].items()}
+
+
+def dashboard_queries(manifests: list[Manifest]) -> list[str]:
+    panels = (panel for board in dashboards(manifests).values() for panel in board["panels"])
+    return [target["expr"] for panel in panels for target in panel["targets"]]
+
+
 def workloads(manifests: list[Manifest]) -> list[Manifest]:
     return of_kind(manifests, "Deployment", "StatefulSet")
 

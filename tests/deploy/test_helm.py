@@ -24,6 +24,8 @@ from helm_engine import (
     component,
     config_file,
     container_of,
+    dashboard_queries,
+    dashboards,
     environment,
     example,
     first_request,
@@ -350,11 +352,63 @@ def queries(manifests: list[Manifest]) -> list[str]:
     return rules + triggers
 
 
-def test_every_metric_in_alerts_and_autoscaling_exists() -> None:
+def test_every_metric_in_dashboards_alerts_and_autoscaling_exists() -> None:
     manifests = rendered(example("autoscaled"))
-    used = {name for query in queries(manifests) for name in re.findall(r"\bbaton_\w+(?=\{)", query)}
-    assert len(used) >= 6
+    asked = queries(manifests) + dashboard_queries(manifests)
+    used = {name for query in asked for name in re.findall(r"\bbaton_\w+(?=\{)", query)}
+    assert len(used) >= 30
     assert used <= metric_names()
+
+
+def test_dashboards_are_shipped_as_their_script_makes_them() -> None:
+    script = importlib.util.spec_from_file_location(
+        "make", CHART.parents[1] / "scripts" / "make_dashboards.py"
+    )
+    assert script is not None and script.loader is not None
+    made = importlib.util.module_from_spec(script)
+    script.loader.exec_module(made)
+    files = {file.name: file.read_text() for file in (CHART / "dashboards").iterdir()}
+    assert files == made.files()
+    manifests = rendered(example("autoscaled"))
+    shipped = dashboards(manifests)
+    assert shipped == {f"baton-{name}": json.loads(text) for name, text in files.items()}
+    assert dashboards(rendered({})) == {}
+    [labels] = (
+        m["metadata"]["labels"]
+        for m in of_kind(manifests, "ConfigMap")
+        if "dashboards" in m["metadata"]["name"]
+    )
+    assert labels["grafana_dashboard"] == "1"
+    assert {
+        "user-experience.json",
+        "prefill.json",
+        "decode.json",
+        "hand-over.json",
+        "prefix-cache.json",
+    } == set(files)
+    for board in shipped.values():
+        variables = {variable["name"] for variable in board["templating"]["list"]}
+        assert variables == {"datasource", "job"}
+        assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    for query in dashboard_queries(manifests):
+        assert query.count("{") == query.count('job=~"$job"'), query  # of the chosen fleet only
+
+
+def test_prometheus_understands_the_queries_of_the_dashboards(tmp_path: Path) -> None:
+    """promtool parses them as the expressions of rules."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+    rules = [
+        {"record": "a", "expr": query.replace("$__rate_interval", "5m")}
+        for query in dashboard_queries(rendered(example("autoscaled")))
+    ]
+    file = tmp_path / "rules.yaml"
+    file.write_text(
+        yaml.safe_dump({"groups": [{"name": f"g{i}", "rules": [r]} for i, r in enumerate(rules)]})
+    )
+    done = subprocess.run([promtool, "check", "rules", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_queries_ask_for_this_release_only() -> None:

@@ -28,6 +28,7 @@ from helm_engine import (
     component,
     config_file,
     container_of,
+    dashboard_queries,
     environment,
     example,
     first_request,
@@ -273,15 +274,21 @@ async def check_series(pods: dict[str, Pod]) -> None:
     queries = [
         *(r["expr"] for m in of_kind(files, "PrometheusRule") for r in m["spec"]["groups"][0]["rules"]),
         *(t["metadata"]["query"] for m in of_kind(files, "ScaledObject") for t in m["spec"]["triggers"]),
+        *dashboard_queries(files),
     ]
     exposed = await get(pods["router"], "BATON_PORT", "/metrics")
-    exposed += await get(pods["decode"], "BATON_METRICS_PORT", "/metrics")
+    for worker in ("prefill", "decode"):
+        exposed += await get(pods[worker], "BATON_METRICS_PORT", "/metrics")
+    for name in ("num_requests_waiting", "kv_cache_usage_perc", "time_to_first_token_seconds_sum"):
+        assert (
+            f"\nvllm:{name}{{" in exposed
+        )  # those of vllm_metrics that gateways and autoscalers ask for most
     samples = [
         (name, dict(re.findall(r'(\w+)="([^"]*)"', labels)))
         for name, labels in re.findall(r"^(baton_\w+)(?:\{(.*)\})? ", exposed, re.MULTILINE)
     ]
     selectors = {found for query in queries for found in re.findall(r"(baton_\w+)\{(.*?)\}", query)}
-    assert len(selectors) >= 8
+    assert len(selectors) >= 30
     for name, text in selectors:
         conditions = [
             c for c in re.findall(r'(\w+)(=~?)"(.*?)"', text) if c not in NOT_HERE and c[0] not in SCRAPED
