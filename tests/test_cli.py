@@ -30,6 +30,7 @@ from baton.config import (
     WorkerConfig,
 )
 from baton.errors import ConfigError, Unavailable
+from baton.index.redis_url import HINT
 from baton.messages import Role
 from baton.rpc import GrpcRpc
 from baton.settings import load
@@ -160,18 +161,18 @@ def test_a_port_in_use_is_one_line_and_starts_nothing(some_model: ModelConfig) -
             "--dtype: must be 'auto', 'float32', 'bfloat16' or 'float16', got 'int3'",
         ),
         (("worker", "--role", "cook"), "--role: must be 'prefill' or 'decode', got ['cook']"),
-        (("up", "--redis-url", "redis://h:x"), "--redis-url: Port could not be cast to integer value as 'x'"),
+        (("up", "--redis-url", "redis://h:x"), f"the Redis URL cannot be read: {HINT}"),
         (
             ("up", "--redis-url", "redis://user:secret@127.0.0.1:1/0"),
-            "cannot reach Redis at 127.0.0.1:1: Connection refused",
+            "cannot reach Redis at redis://127.0.0.1:1/0: Connection refused",
         ),
         (
             ("up", "--redis-url", "unix:///no/redis.sock"),
-            "cannot reach Redis at /no/redis.sock: No such file or directory",
+            "cannot reach Redis at unix:///no/redis.sock: No such file or directory",
         ),
         (
             ("up", "--redis-url", "http://x"),
-            "--redis-url must begin with redis://, rediss:// or unix://, got http://x",
+            f"the Redis URL cannot be read: {HINT}",
         ),
     ],
 )

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from baton.config import (
     IndexConfig,
@@ -20,11 +19,11 @@ from baton.config import (
 )
 from baton.demo_task import DEMO_MODEL_DIR
 from baton.errors import ConfigError
+from baton.index.redis_url import parse_redis_url
 from baton.messages import Role
 from baton.transfer.choose import available
 from baton_cli.supervisor import ChildSpec
 
-REDIS_PORT = 6379
 REDIS_CONNECT_S = 3.0
 
 
@@ -61,22 +60,23 @@ def _check_transport(config: TransferConfig) -> None:
 
 def _check_redis(url: str) -> None:
     """Only whether somebody listens there; the password in the URL is not shown."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("redis", "rediss", "unix"):
-        raise ConfigError(f"--redis-url must begin with redis://, rediss:// or unix://, got {url}")
-    try:
-        host, port = parts.hostname or "127.0.0.1", parts.port or REDIS_PORT
-    except ValueError as error:
-        raise ConfigError(f"--redis-url: {error}") from error
-    try:
-        if parts.scheme == "unix":
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.connect(parts.path)
-        else:
-            socket.create_connection((host, port), timeout=REDIS_CONNECT_S).close()
-    except OSError as error:
-        where = parts.path if parts.scheme == "unix" else f"{host}:{port}"
-        raise ConfigError(f"cannot reach Redis at {where}: {error.strerror or error}") from error
+    place = parse_redis_url(url)
+    why = ""
+    for address in place.hosts or (place.options.get("path", ""),):
+        try:
+            _reach(address)
+            return
+        except OSError as error:
+            why = error.strerror or str(error)
+    raise ConfigError(f"cannot reach Redis at {place.where}: {why}")
+
+
+def _reach(address: tuple[str, int] | str) -> None:
+    if isinstance(address, str):
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(address)
+    else:
+        socket.create_connection(address, timeout=REDIS_CONNECT_S).close()
 
 
 def _check_port(host: str, port: int) -> None:

@@ -20,12 +20,9 @@ import math
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
-from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.connection import parse_url
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import Redis
+from redis.asyncio.sentinel import MasterNotFoundError
 from redis.commands.core import AsyncScript
 from redis.exceptions import AuthenticationError, RedisError
 
@@ -34,6 +31,7 @@ from baton.errors import ConfigError, Unavailable
 from baton.index import scripts
 from baton.index.base import IndexEvent, PrefixIndex
 from baton.index.record import encode_record
+from baton.index.redis_url import open_source, parse_redis_url
 from baton.index.stream import Loaded, Op, WatchState, checked_record, parse_change
 from baton.kv.block import HASH_BYTES, BlockHash
 from baton.messages import WorkerRecord
@@ -76,7 +74,7 @@ class RedisIndex(PrefixIndex):
         self._prefix = f"{{{namespace}}}"
         self._pods = f"{self._prefix}:pods"
         self._ev = f"{self._prefix}:ev"
-        self._server = _Server(url, clock, timeout_s)
+        self._server = _Server(url, self._ev, clock, timeout_s)
         self.where = self._server.where  # for logs: the URL without user and password
         self._renew = self._server.script(scripts.RENEW)
         self._publish = self._server.script(scripts.PUBLISH)
@@ -322,8 +320,10 @@ class _Server:
     """The border to redis-py: round trips with a deadline; whatever goes wrong leaves as Unavailable with one
     line. Connects on first use and again after a failure."""
 
-    def __init__(self, url: str, clock: Clock, timeout_s: float) -> None:
-        self.where, self._pool = _connection_pool(url, timeout_s)
+    def __init__(self, url: str, key: str, clock: Clock, timeout_s: float) -> None:
+        place = parse_redis_url(url)
+        self.where = place.where
+        self._pool, self._others = open_source(place, key, timeout_s)
         self._redis = Redis(connection_pool=self._pool)
         self._clock = clock
         self._timeout_s = timeout_s
@@ -349,6 +349,8 @@ class _Server:
         self._closed = True
         with suppress(RedisError, OSError):
             await self._pool.disconnect()
+            for client in self._others:
+                await client.aclose()
 
     @asynccontextmanager
     async def _deadline(self, wait_s: float) -> AsyncIterator[None]:
@@ -359,43 +361,13 @@ class _Server:
                 yield
         except TimeoutError:
             raise Unavailable(f"Redis at {self.where} did not answer within {self._timeout_s:g} s") from None
+        except MasterNotFoundError:  # its text names clients with their options
+            raise Unavailable(f"Redis at {self.where}: no Sentinel knows a master of that name") from None
         except AuthenticationError:
             raise Unavailable(f"Redis at {self.where} refused the user or password of the URL") from None
         except (RedisError, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise Unavailable(f"Redis at {self.where}: {reason}") from error
-
-
-def _connection_pool(url: str, timeout_s: float) -> tuple[str, ConnectionPool]:
-    """Returns the place as it may be shown (no user, no password) and the pool. Raises ConfigError."""
-    hint = "it looks like redis://[[user]:password@]host:port/0, rediss://... or unix:///path/of/socket"
-    try:
-        parts = urlsplit(url)
-        options: dict[str, Any] = dict(parse_url(url))
-        host, port = parts.hostname, parts.port
-    except ValueError:  # its text may quote a part of the password
-        raise ConfigError(f"the Redis URL cannot be read: {hint}") from None
-    if "@" in parts.path + parts.query + parts.fragment:
-        raise ConfigError("the Redis URL cannot be read: write special characters of the password as %XX")
-    if parts.scheme == "unix":
-        where = f"unix://{options.get('path', '')}"
-    elif host and (parts.path.strip("/").isdecimal() or not parts.path.strip("/")):
-        where = f"{parts.scheme}://{host}:{port or 6379}/{options.get('db', 0)}"
-    else:
-        raise ConfigError(f"the Redis URL cannot be read: {hint}")
-    options |= {
-        "protocol": 2,  # the same replies from every server version
-        "decode_responses": False,
-        "retry": Retry(NoBackoff(), 0),
-        "socket_timeout": None,  # deadlines are ours
-        "socket_connect_timeout": timeout_s,
-    }
-    pool = ConnectionPool(**options)
-    try:
-        pool.make_connection()  # type: ignore[no-untyped-call]  # not connected: it only checks the options
-    except (TypeError, ValueError, RedisError):
-        raise ConfigError(f"the Redis URL at {where} has an option that redis-py does not know") from None
-    return where, pool
 
 
 def _pack(hashes: Sequence[BlockHash]) -> bytes:

@@ -225,7 +225,9 @@ affinity:
     - port: 6379
 {{- else }}
 - ports: # Redis, wherever it is
-    - port: {{ .Values.redis.external.port }}
+    {{- range .Values.redis.external.ports }}
+    - port: {{ . }}
+    {{- end }}
 {{- end }}
 {{- if include "baton.usesHub" . }}
 - ports: # the model hub
