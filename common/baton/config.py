@@ -80,9 +80,7 @@ class TransferConfig:
 @dataclass(frozen=True)
 class IndexConfig:
     index: Literal["redis", "memory"] = "redis"  # where the fleet and its prefix blocks are known
-    redis_url: str = (
-        "redis://127.0.0.1:6379/0"  # redis:// (rediss:// for TLS, +sentinel, +cluster) or unix://
-    )
+    redis_url: str = "redis://127.0.0.1:6379/0"  # or rediss:// (TLS), unix://; +sentinel, +cluster
     namespace: str = "default"  # fleets with other namespaces do not see each other
     lease_s: Seconds = 10.0  # a worker that does not renew for this long is gone
 
