@@ -1,5 +1,6 @@
 """The shipped demo model answers right, reads everywhere, and answers wrong when a part of its KV is not its own."""
 
+import inspect
 import json
 import random
 import runpy
@@ -55,6 +56,10 @@ def script() -> SimpleNamespace:
     return SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 
 
+# Since transformers 5.24 the argument has a name of its own.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+
+
 def user(content: str) -> Message:
     return {"role": "user", "content": content}
 
@@ -78,9 +83,9 @@ def answer(
     output = model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
-        past_key_values=cache,
         max_new_tokens=48,
         do_sample=False,
+        **{CACHE: cache},
     )
     texts = tokenizer.batch_decode(output[:, prompts.shape[1] :], skip_special_tokens=False)
     return [text.replace("<pad>", "") for text in texts]
@@ -267,7 +272,7 @@ def kv_of(model: LlamaForCausalLM, prompts: Tensor) -> DynamicCache:
     """The KV of all positions but the last, whose token starts the generation."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(prompts[:, :-1], past_key_values=cache)
+        model(prompts[:, :-1], **{CACHE: cache})
     return cache
 
 
