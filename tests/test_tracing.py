@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -204,6 +205,24 @@ async def test_tracing_is_off_unless_an_endpoint_is_named() -> None:
             assert tracer.begin("chat", PARENT, 0.0, {}).traceparent == PARENT  # it still goes on
     with pytest.raises(ConfigError, match=r"must be grpc or http/protobuf, got 'thrift'"):
         async with tracing("r", VirtualClock(), endpoint | {"OTEL_EXPORTER_OTLP_PROTOCOL": "thrift"}):
+            pass
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
+async def test_both_protocols_are_there_where_the_extra_is(
+    monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_PROTOCOL": protocol}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    async with tracing("router", VirtualClock(), env) as tracer:
+        assert isinstance(tracer, OtelTracer)
+    part = "grpc" if protocol == "grpc" else "http"
+    monkeypatch.setitem(sys.modules, f"opentelemetry.exporter.otlp.proto.{part}.trace_exporter", None)
+    with pytest.raises(
+        ConfigError, match=r"ENDPOINT is set, but opentelemetry\S+ is not installed: pip install"
+    ):
+        async with tracing("router", VirtualClock(), env):
             pass
 
 

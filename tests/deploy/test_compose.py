@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -16,11 +17,13 @@ from typer.testing import CliRunner
 
 import baton
 from baton.config import RouterConfig, WorkerConfig
+from baton.otel import is_wanted
 from baton.settings import load
 from baton_cli.main import app
 
 ROOT = Path(__file__).parents[2]
-COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
+COMPOSE_TEXT = (ROOT / "compose.yaml").read_text()
+COMPOSE = yaml.safe_load(COMPOSE_TEXT)
 DOCKERFILE = (ROOT / "services" / "Dockerfile").read_text().replace("\\\n", " ")
 PINS = (ROOT / "services" / "pins.txt").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -119,6 +122,75 @@ def test_ports_and_health_checks_are_those_of_the_settings(target: str) -> None:
     assert CliRunner().invoke(app, ["probe", "--help"]).exit_code == 0
 
 
+# --- the profile `observability` ---
+
+OBSERVERS = {
+    name: settings
+    for name, settings in COMPOSE["services"].items()
+    if settings.get("profiles") == ["observability"]
+}
+CONFIGS_OF_OBSERVERS = ROOT / "compose"
+
+
+def test_observers_are_locked_down_and_answer_on_this_machine_only() -> None:
+    assert set(OBSERVERS) == {"otel-collector", "prometheus", "grafana", "jaeger"}
+    for settings in OBSERVERS.values():
+        assert settings["read_only"] is True and settings["cap_drop"] == ["ALL"]
+        assert re.search(r":v?\d+\.\d+\.\d+$", settings["image"])
+        assert all(resolved(port).startswith("127.0.0.1:") for port in settings.get("ports", []))
+
+
+def test_what_observers_mount_is_there() -> None:
+    for settings in OBSERVERS.values():
+        for volume in settings.get("volumes", []):
+            source, _, options = volume.partition(":")
+            assert (ROOT / source).exists() and options.endswith(":ro")
+
+
+def test_prometheus_scrapes_the_metrics_port_of_every_process(tmp_path: Path) -> None:
+    file = CONFIGS_OF_OBSERVERS / "prometheus.yaml"
+    [job] = yaml.safe_load(file.read_text())["scrape_configs"]
+    ports = {name: found["port"] for found in job["dns_sd_configs"] for name in found["names"]}
+    for service in CONFIGS:
+        env = {name: value for name, value in environment(service).items() if name.startswith("BATON_")}
+        config = load(
+            CONFIGS[service],
+            file=None,
+            env={n: v for n, v in env.items() if not n.endswith("_FILE")},
+            overrides={},
+        )
+        wanted = config.port if isinstance(config, RouterConfig) else config.metrics_port
+        assert ports.pop(service) == wanted
+    assert not ports
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+    done = subprocess.run([promtool, "check", "config", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_traces_find_their_way_to_jaeger() -> None:
+    asked = re.search(r"OTEL_EXPORTER_OTLP_ENDPOINT=http://([\w-]+):(\d+) docker compose", COMPOSE_TEXT)
+    assert asked is not None
+    service, port = asked.groups()
+    collector = yaml.safe_load((CONFIGS_OF_OBSERVERS / f"{service}.yaml").read_text())
+    assert collector["receivers"]["otlp"]["protocols"]["http"]["endpoint"] == f"0.0.0.0:{port}"
+    [exporter] = collector["service"]["pipelines"]["traces"]["exporters"]
+    assert collector["exporters"][exporter]["endpoint"].partition(":")[0] in OBSERVERS
+    for service in CONFIGS:
+        assert not is_wanted(environment(service))  # off unless somebody says where to
+        assert COMPOSE["services"][service]["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"]
+
+
+def test_grafana_finds_data_and_dashboards() -> None:
+    provisioned = CONFIGS_OF_OBSERVERS / "grafana"
+    sources = yaml.safe_load((provisioned / "datasources" / "baton.yaml").read_text())["datasources"]
+    assert {re.sub(r"http://([\w-]+):\d+", r"\1", source["url"]) for source in sources} <= set(OBSERVERS)
+    [provider] = yaml.safe_load((provisioned / "dashboards" / "baton.yaml").read_text())["providers"]
+    mounted = {v.split(":")[1]: v.split(":")[0] for v in OBSERVERS["grafana"]["volumes"]}
+    assert list((ROOT / mounted[provider["options"]["path"]]).glob("*.json"))
+
+
 def test_the_published_port_is_the_routers() -> None:
     [published] = COMPOSE["services"]["router"]["ports"]
     assert resolved(published) == f"127.0.0.1:{RouterConfig().port}:{RouterConfig().port}"
@@ -143,9 +215,9 @@ def test_what_the_build_copies_is_there_and_not_ignored() -> None:
                 assert source.partition("/")[0] in allowed
 
 
-def test_the_router_image_gets_the_base_requirements_only() -> None:
+def test_the_router_image_gets_the_base_requirements_and_traces_only() -> None:
     installs = [arguments for instruction, arguments in stage("build-router") if "$PIP install" in arguments]
-    assert installs == ["$PIP install -r base.txt -c pins.txt", "$PIP install --no-deps ."]
+    assert installs == ["$PIP install -r base.txt -r otel.txt -c pins.txt", "$PIP install --no-deps ."]
     assert not any(Requirement(line).name == "torch" for line in PROJECT["dependencies"])
 
 
@@ -161,7 +233,8 @@ def test_every_requirement_of_the_images_is_pinned_within_its_range() -> None:
     pinned = {
         canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in map(Requirement, lines)
     }
-    for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["worker"]:
+    extras = PROJECT["optional-dependencies"]
+    for line in PROJECT["dependencies"] + extras["worker"] + extras["otel"]:
         required = Requirement(line)
         assert required.specifier.contains(pinned[canonicalize_name(required.name)]), line
 
