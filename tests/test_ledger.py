@@ -43,6 +43,7 @@ def test_a_hand_over_is_seen_on_both_sides_while_it_lasts() -> None:
             [target] = seen[WorkerId("decode-2")].holders
             assert (source.purpose, target.purpose) == (Purpose.LEASED, Purpose.RECEIVING)
             assert "decode-2" in source.note
+            assert source.lease_left_s is not None and 0 < source.lease_left_s <= config.transfer.lease_s
             assert target.lease_left_s is not None and 0 < target.lease_left_s <= config.transfer.lease_s
             assert re.fullmatch(r"\d+% of the KV from prefill-1 has arrived", target.note)
             client.cancel()
@@ -120,9 +121,15 @@ def test_the_doctor_names_what_is_wrong() -> None:
     stuck = blocks()
     stuck["workers"]["decode-0"]["holders"][0] |= {
         "held_s": 300.0,
+        "lease_left_s": -4.0,
         "note": "0 of 2 blocks have begun to arrive",
     }
     assert problems(health(), stuck) == [
-        "decode-0: r is receiving for 300 s. 0 of 2 blocks have begun to arrive"
+        "decode-0: r is stuck: receiving 2 blocks for 300 s, its lease ended 4 s ago. "
+        "0 of 2 blocks have begun to arrive"
     ]
+    stuck["workers"]["decode-0"]["holders"][0] |= {"lease_left_s": 3.0}
+    assert problems(health(), stuck) == []
+    stuck["workers"]["decode-0"]["holders"][0] |= {"purpose": "draining", "lease_left_s": None}
+    assert "nobody renews it" in problems(health(), stuck)[0]
     assert "no block ledger" in problems(health(), {"workers": {"decode-0": {"error": "gone"}}})[0]

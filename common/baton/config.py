@@ -72,7 +72,7 @@ class TransferConfig:
     tls_key: str | None = None  # PEM file of its key
     tls_ca: str | None = None  # PEM file: peers show a certificate of this authority
     lease_s: Seconds = 10.0  # a hand-over that makes no progress for this long has failed
-    push_timeout_s: Seconds = 10.0  # for one piece; a receiver gives up half as long after
+    push_timeout_s: Seconds = 6.0  # for one piece; a receiver gives it half as long again, within its lease
     piece_bytes: Count = 4 * 2**20  # blocks are sent in pieces of about this size
     num_layer_groups: Count = 4  # parts of a step's layers whose KV leaves before the step ends; 1: none does
 

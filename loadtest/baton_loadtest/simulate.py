@@ -209,7 +209,12 @@ class SimulatedFleet(LocalFleet):
         storage = FakeStorage(layout, self.config.engine.num_blocks or 256)
         runner = FakeModelRunner(storage, self.clock, self.config.speed, self.config.max_model_len)
         name = self.next_name(role)
-        transport = InprocTransport(self.kv_network, self.clock, f"kv://{name}")
+        transport = InprocTransport(
+            self.kv_network,
+            self.clock,
+            f"kv://{name}",
+            piece_timeout_s=1.5 * self.config.transfer.push_timeout_s,
+        )
         return await self.start_worker(name, (role,), runner, transport, f"fake/{layout.describe()}")
 
     async def kill(self, worker_id: WorkerId) -> None:

@@ -10,7 +10,8 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-STUCK_S = 60.0  # a hand-over is over, or has failed, long before
+STUCK_S = 60.0  # what has no lease is over, or has failed, long before
+STUCK_LEASE_S = 1.0  # past its end; the holder itself gives up earlier
 TIMEOUT_S = 5.0
 
 
@@ -49,12 +50,21 @@ def _of_worker(worker_id: str, ledger: dict[str, Any]) -> list[Finding]:
             Finding(True, f"{worker_id}: {ledger['num_used']} blocks are used, {len(held)} have a holder")
         )
     for holder in ledger["holders"]:
-        if holder["purpose"] != "running" and holder["held_s"] > STUCK_S:
-            what = f"{holder['purpose']} for {holder['held_s']:.0f} s"
-            findings.append(
-                Finding(True, f"{worker_id}: {holder['request_id']} is {what}. {holder['note']}".rstrip(". "))
-            )
+        if why := _why_stuck(holder):
+            blocks = f"{len(holder['block_ids'])} blocks for {holder['held_s']:.0f} s"
+            what = f"{holder['request_id']} is stuck: {holder['purpose']} {blocks}, {why}. {holder['note']}"
+            findings.append(Finding(True, f"{worker_id}: {what}".rstrip(". ")))
     return findings
+
+
+def _why_stuck(holder: dict[str, Any]) -> str:
+    """Empty: it is not. A hand-over is as old as it likes while its lease is renewed."""
+    lease_left_s = holder["lease_left_s"]
+    if lease_left_s is not None:
+        return f"its lease ended {-lease_left_s:.0f} s ago" if lease_left_s < -STUCK_LEASE_S else ""
+    if holder["purpose"] != "running" and holder["held_s"] > STUCK_S:
+        return "nobody renews it"
+    return ""
 
 
 def doctor(base_url: str, console: Console) -> int:

@@ -44,7 +44,7 @@ class Receiver:
         self, storage: Storage, identity: str, clock: Clock, emit: Emit, on_transfer: OnTransfer = ignore
     ) -> None:
         """`identity` names the model in digests, on both sides the same. `on_transfer` hears of every hand-over
-        that got at least one piece, once it has ended."""
+        once it has ended."""
         self._storage = storage
         self._identity = identity
         self._clock = clock
@@ -123,19 +123,19 @@ class Receiver:
 
     def _report(self, expected: _Expected, outcome: Outcome) -> None:
         hand_over = expected.hand_over
-        if hand_over.opened_s is not None:
-            ended_s = self._clock.now() if hand_over.closed_s is None else hand_over.closed_s
-            self._on_transfer(
-                TransferReport(
-                    "received",
-                    outcome,
-                    ended_s - hand_over.opened_s,
-                    hand_over.num_bytes,
-                    hand_over.num_mismatches,
-                    peer=expected.peer,
-                    num_pieces=hand_over.num_pieces,
-                )
+        ended_s = self._clock.now() if hand_over.closed_s is None else hand_over.closed_s
+        seconds = 0.0 if hand_over.opened_s is None else ended_s - hand_over.opened_s
+        self._on_transfer(
+            TransferReport(
+                "received",
+                outcome,
+                seconds,
+                hand_over.num_bytes,
+                hand_over.num_mismatches,
+                peer=expected.peer,
+                num_pieces=hand_over.num_pieces,
             )
+        )
 
     def explain(self, holder: Holder) -> Holder:
         """For the block ledger: what is known of the hand-over into these blocks."""

@@ -1,8 +1,9 @@
 """The sending end of the hand-over: blocks leave while the rest of the prompt is still being computed.
 
 A `Push` is told how far the prompt is computed, layer group by layer group; it sends what will not be written again in
-pieces (`outgoing` cuts them) and keeps several in flight. The source blocks stay where they are until `run` ended: the
-engine may give them back only then.
+pieces (`outgoing` cuts them) and keeps several in flight. While there is nothing to send, a piece without tokens goes
+out now and then: it renews the receiver's lease, and its acknowledgement says that the receiver is there. The source
+blocks stay where they are until `run` ended: the engine may give them back only then.
 """
 
 import asyncio
@@ -24,6 +25,8 @@ from baton.transfer.session import Sending
 from baton.transfer.wire import PieceHeader
 from baton_prefill.busy import BusyTime
 from baton_prefill.outgoing import Outgoing, Span
+
+HEARTBEAT = 1 / 3  # of the lease: the longest silence of a sender
 
 
 class Connections:
@@ -76,6 +79,7 @@ class Push:
         self._block_table: Sequence[BlockId] = ()
         self._first_token: int | None = None
         self._changed = asyncio.Event()
+        self._heard_s = clock.now()  # the receiver, for the last time
         self._first_piece_s: float | None = None
         self._computed_s: float | None = None  # when the prompt's last step ended
         self._ended_s: float | None = None
@@ -95,6 +99,11 @@ class Push:
         self._first_token = first_token
         self._computed_s = self._clock.now()
         self.computed(self._num_tokens, block_table)
+
+    @property
+    def lease_left_s(self) -> float:
+        """Until the receiver has been silent for as long as its lease. It, or `run`, gives up around then."""
+        return self.ticket.lease_s - (self._clock.now() - self._heard_s)
 
     async def run(self, connections: Connections) -> None:
         """Returns when the receiver acknowledged everything. Raises TransferError; cancelling it is safe: when it has
@@ -132,15 +141,22 @@ class Push:
         )  # fmt: skip
 
     async def _next_piece(self) -> PieceHeader:
-        """Wait until there is something to send and cut it: the last piece may have no tokens at all."""
+        """Wait until there is something to send, or to say, and cut it: the last piece may have no tokens at all."""
         while not self._outgoing.has_ready and self._first_token is None:
             self._changed.clear()
-            await self._changed.wait()
+            try:
+                async with self._clock.timeout(self.ticket.lease_s * HEARTBEAT):
+                    await self._changed.wait()
+            except TimeoutError:
+                return self._header(Span(self._num_tokens, self._num_tokens, 0, 0), is_last=False)
         if self._first_piece_s is None:
             self._first_piece_s = self._clock.now()
         layout = self._storage.layout
         span = self._outgoing.take() or Span(self._num_tokens, self._num_tokens, 0, layout.num_layers)
-        is_last = self._first_token is not None and not self._outgoing.has_ready
+        return self._header(span, is_last=self._first_token is not None and not self._outgoing.has_ready)
+
+    def _header(self, span: Span, *, is_last: bool) -> PieceHeader:
+        layout = self._storage.layout
         sequence = self.sending.depart(last=is_last)
         header = PieceHeader(
             request_id=self.ticket.request_id,
@@ -171,6 +187,7 @@ class Push:
             await self._send_until_intact(connection, replace(header, digest=digest), payload)
             self.num_bytes += header.num_bytes
             self.num_pieces += 1
+            self._heard_s = self._clock.now()
             failure = None
         except TransferError as error:
             failure = error.message

@@ -84,6 +84,7 @@ class PrefillService:
         return replace(
             holder,
             epoch=ticket.epoch,
+            lease_left_s=job.push.lease_left_s,
             note=f"sending to {ticket.worker_id} over {job.push.transport or ticket.transport}",
         )
 

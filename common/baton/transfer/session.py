@@ -68,7 +68,8 @@ class HandOver:
     """Mutable; touched only by its owner, on one event loop.
 
     `block_ids` are the destination blocks of the whole prompt of `num_tokens`; pieces may fill the tokens from
-    `first_token_to_send` on (the ones before are held already). Each open or closed piece renews the lease.
+    `first_token_to_send` on (the ones before are held already). Each open or closed piece renews the lease, one
+    without tokens, too: that is how a sender who has nothing to send yet says that it is there.
     """
 
     request_id: RequestId
@@ -105,6 +106,7 @@ class HandOver:
         self._check(header)
         if self.state is State.RESERVED:
             self._move(State.RECEIVING)
+        if self.opened_s is None and (header.num_tokens or header.is_last):
             self.opened_s = now_s
         self._open[name_of(header)] = header.box
         self.lease_end_s = now_s + self.lease_s
