@@ -956,6 +956,15 @@ async def test_a_server_that_stops_tells_the_clients_it_leaves(caplog: pytest.Lo
     assert not caplog.records
 
 
+async def test_who_is_refused_for_want_of_workers_is_counted() -> None:
+    door, _ = scripted_door(Unavailable("no decode worker is ready"))
+    async with client_of(create_app(door, ScriptedFleet([]))) as client:
+        for path, status in (("/ready", 503), ("/health", 200), ("/metrics", 200)):
+            assert (await client.get(path)).status_code == status
+        assert (await client.post(PATHS["chat"], json=CHAT)).status_code == 503
+        assert "baton_router_unserved_requests_total 1.0" in (await client.get("/metrics")).text
+
+
 async def test_a_port_in_use_is_one_clear_line() -> None:
     door, _ = scripted_door()
     app = create_app(door, ScriptedFleet())

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from baton.errors import Unavailable
 from baton.messages import Role, WorkerRecord
 from baton.request import FinishReason
 from baton_router.canary import PairCounts
@@ -12,6 +13,7 @@ from baton_router.fleet_view import FleetView, transports_in_use
 TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0)
 ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0)
 E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+PROBES = ("/ready",)  # whose 503 is no refusal
 LENGTH_BUCKETS = (
     1,
     2,
@@ -43,6 +45,11 @@ class RouterMetrics:
         )
         self._requests = Counter(
             "baton_router_requests", "Requests, as they ended.", ["endpoint", "status"], registry=registry
+        )
+        self._unserved = Counter(
+            "baton_router_unserved_requests",
+            "Requests refused with 503: no worker could serve them. Fleets that scaled to zero come back by it.",
+            registry=registry,
         )
         self._ttft = self._histogram("time_to_first_token", "Arrival to first token.", TTFT_BUCKETS_S)
         self._itl = self._histogram("inter_token_latency", "A request's mean between tokens.", ITL_BUCKETS_S)
@@ -94,6 +101,8 @@ class RouterMetrics:
 
     def count(self, endpoint: str, status: int) -> None:
         self._requests.labels(endpoint, str(status)).inc()
+        if status == Unavailable.status and endpoint not in PROBES:
+            self._unserved.inc()
 
     def observe_answer(
         self,

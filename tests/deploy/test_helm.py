@@ -543,6 +543,29 @@ def test_autoscalers_scale_what_is_there_and_nobody_else_does() -> None:
         assert "replicas" not in there[target["kind"], target["name"]]["spec"]
 
 
+def test_a_fleet_may_scale_to_zero_and_still_hear_of_requests() -> None:
+    def readiness(scaling: dict[str, Any], **others: Any) -> str:
+        values = {"workers": {"decode": {"autoscaling": scaling}, **others}}
+        manifests = rendered(values | {"monitoring": {"prometheusUrl": "http://prometheus"}})
+        (router,) = (w for w in ours(manifests) if component(w) == "router")
+        path: str = container_of(router)["readinessProbe"]["httpGet"]["path"]
+        return path
+
+    zero = {"minReplicas": 0, "maxReplicas": 4, "kvUsage": 0.8}
+    assert readiness(zero) == "/health"
+    assert readiness({**zero, "minReplicas": 1}) == "/ready"
+    assert readiness(zero, spare={"roles": ["decode"]}) == "/ready"
+
+    scalers = of_kind(rendered(example("autoscaled")), "ScaledObject")
+    for scaler in scalers:
+        spec = scaler["spec"]
+        from_zero = [t["metadata"] for t in spec["triggers"] if "activationThreshold" in t["metadata"]]
+        assert len(from_zero) == (spec["minReplicaCount"] == 0)
+        for trigger in from_zero:  # the workers that are not there say nothing
+            asked = set(re.findall(r"\b(baton_\w+)\{", trigger["query"]))
+            assert asked == {"baton_router_num_requests_running", "baton_router_unserved_requests_total"}
+
+
 # --- names, selectors, networks ---
 
 

@@ -201,6 +201,22 @@ affinity:
 {{- dict "http" 8000 "routerGrpc" 50050 "workerGrpc" 50051 "metrics" 9100 "redis" 6379 "kv" .Values.networkPolicy.kvPort | toJson -}}
 {{- end }}
 
+{{/* Whether no decode worker may be there on purpose: all pools with that role scale to zero. */}}
+{{- define "baton.mayBeEmpty" -}}
+{{- $root := . -}}
+{{- $scaled := false -}}
+{{- $kept := false -}}
+{{- range $name, $given := .Values.workers -}}
+{{- $pool := include "baton.pool" (list $root $given) | fromJson -}}
+{{- if has "decode" $pool.roles -}}
+{{- $toZero := and $pool.autoscaling (not $pool.autoscaling.minReplicas) -}}
+{{- $scaled = or $scaled $toZero -}}
+{{- $kept = or $kept (not $toZero) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $scaled (not $kept) -}}yes{{- end -}}
+{{- end }}
+
 {{- define "baton.usesHub" -}}
 {{- if not (or (eq .Values.model.model "demo") (hasPrefix "/" .Values.model.model)) -}}yes{{- end -}}
 {{- end }}
