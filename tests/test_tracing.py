@@ -113,6 +113,7 @@ async def test_one_trace_from_http_through_all_processes(monkeypatch: pytest.Mon
             await chat(stack.base_url, PARENT)
             await chat(stack.base_url, PARENT[:-2] + "00")  # whoever sent it does not want it recorded
             await chat(stack.base_url, "00-nonsense")
+            await chat(stack.base_url, PARENT, status=400, max_tokens=-1)
             await generate(stack.router_grpc, PARENT.replace("0af7", "1111"))
         log = stack.log()
     assert collector.paths(TRACE_ID) == THROUGH_A_PAIR  # once each: the unsampled request adds none
@@ -143,12 +144,12 @@ async def test_one_trace_from_http_through_all_processes(monkeypatch: pytest.Mon
     assert SECRET not in log
 
 
-async def chat(base_url: str, traceparent: str) -> None:
+async def chat(base_url: str, traceparent: str, status: int = 200, max_tokens: int = 4) -> None:
     message = {"role": "user", "content": f"12 + 34 = {SECRET}"}
-    body = {"model": "test", "messages": [message], "max_tokens": 4, "ignore_eos": True}
+    body = {"model": "test", "messages": [message], "max_tokens": max_tokens, "ignore_eos": True}
     async with httpx.AsyncClient(base_url=base_url, timeout=60.0) as client:
         answer = await client.post("/v1/chat/completions", json=body, headers={"traceparent": traceparent})
-    assert answer.status_code == 200, answer.text
+    assert answer.status_code == status, answer.text
 
 
 async def generate(address: str, traceparent: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from baton.clock import Clock
 from baton.errors import TransferError, TransferRefused
-from baton.events import Emit
+from baton.events import Emit, about
 from baton.kv.layout import Storage
 from baton.messages import Holder, Purpose
 from baton.request import BlockId, Request, RequestId
@@ -35,6 +35,7 @@ class _Expected:
     hand_over: HandOver
     digester: Digester
     peer: str  # the prefill worker
+    about: dict[str, str]  # fields of the request's events
     buffers: dict[Piece, list[memoryview]] = field(default_factory=dict)  # open piece -> where it is written
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -78,7 +79,7 @@ class Receiver:
             lease_end_s=self._clock.now() + lease_s,
         )
         digester = Digester(self._identity, request.prompt_token_ids)
-        self._expected[request.request_id] = _Expected(hand_over, digester, peer)
+        self._expected[request.request_id] = _Expected(hand_over, digester, peer, about(request))
 
     async def wait_verified(self, request_id: RequestId) -> HandOver:
         """Raises TransferError when the hand-over failed or its lease ended."""
@@ -172,7 +173,8 @@ class Receiver:
             expected.hand_over.open(header, self._clock.now())
         except TransferRefused as refusal:
             self.num_pieces_refused += 1
-            self._emit("piece.refused", request=header.request_id, piece=header.sequence, why=refusal.message)
+            known = {"request": header.request_id} if expected is None else expected.about
+            self._emit("piece.refused", **known, piece=header.sequence, why=refusal.message)
             raise
         buffers = adapt.landing(self._storage, expected.hand_over.block_ids, header)
         expected.buffers[name_of(header)] = buffers
@@ -185,16 +187,16 @@ class Receiver:
         expected.changed.set()
         layout = self._storage.layout
         if error is None and expected.digester.digest(header, layout, buffers) != header.digest:
-            self._reject(expected.hand_over, header)
+            self._reject(expected, header)
         if error is None and not adapt.lands_in_place(self._storage, header) and buffers:
             adapt.scatter(buffers[0], self._storage, expected.hand_over.block_ids, header)
         expected.hand_over.close(header, error, self._clock.now())
 
-    def _reject(self, hand_over: HandOver, header: PieceHeader) -> None:
+    def _reject(self, expected: _Expected, header: PieceHeader) -> None:
         self.num_digest_mismatches += 1
         self._emit(
-            "piece.corrupt", request=header.request_id, piece=header.sequence, bytes=header.num_bytes,
+            "piece.corrupt", **expected.about, piece=header.sequence, bytes=header.num_bytes,
             tokens=[header.token_start, header.token_end], layers=[header.layer_start, header.layer_end],
         )  # fmt: skip
-        hand_over.reject(header)
+        expected.hand_over.reject(header)
         raise mismatch(header)

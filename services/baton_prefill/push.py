@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from baton.clock import Clock
 from baton.errors import TransferError, TransferRefused
-from baton.events import Emit
+from baton.events import Emit, about
 from baton.kv.layout import Storage
 from baton.messages import Ticket
 from baton.request import BlockId, Request
@@ -69,6 +69,7 @@ class Push:
         self.transport = ""  # known once there is a connection
         self.sending = Sending()
         self.ticket = ticket
+        self._about = about(request)
         self._num_tokens = request.num_prompt_tokens
         self._storage = storage
         self._clock = clock
@@ -209,7 +210,7 @@ class Push:
                     raise
                 again = self.sending.mismatch(num_sent)
                 self._emit(
-                    "piece.mismatch", request=header.request_id, piece=header.sequence, bytes=header.num_bytes,
+                    "piece.mismatch", **self._about, piece=header.sequence, bytes=header.num_bytes,
                     to=self.ticket.worker_id, transport=self.ticket.transport, address=self.ticket.address,
                     again=again,
                 )  # fmt: skip
