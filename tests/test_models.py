@@ -156,6 +156,14 @@ def test_the_list_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_fetch_says_where_the_model_is_or_what_is_wrong(tmp_path: Path) -> None:
+    told = CliRunner().invoke(app, ["fetch", "demo"])
+    assert (Path(told.output.strip()) / "config.json").is_file()
+    refused = CliRunner().invoke(app, ["fetch", str(tmp_path / "nowhere")])
+    assert isinstance(refused.exception, ConfigError)
+    assert "does not exist" in refused.exception.message
+
+
 def test_the_command_knows_one_checkpoint(tmp_path: Path) -> None:
     directory = make_model("gqa", tmp_path)
     answer = CliRunner().invoke(app, ["models", str(directory)])

@@ -249,6 +249,17 @@ def models(
 
 
 @app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(metavar="DIR_OR_ID")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+) -> None:
+    """Download a model into the hub's cache (HF_HOME), as a worker would at its start; print where it is."""
+    from baton.model_files import resolve_model
+
+    typer.echo(resolve_model(model, revision))
+
+
+@app.command()
 def doctor(
     base_url: Annotated[str, typer.Option(help="A router.")] = "http://127.0.0.1:8000",
 ) -> None:

@@ -160,6 +160,7 @@ def test_mistakes_in_values_are_named(values: dict[str, Any], complaint: str) ->
         ({"redis": {"embedded": False}}, "redis.external.urlSecret"),
         ({"workers": {"decode": {"autoscaling": SCALED}}}, "prometheusUrl"),
         ({"monitoring": {"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}}}, "only one"),
+        ({"model": {"model": "o/m"}, "models": {"download": True, "readOnly": True}}, "read-only"),
         ({"kvTls": {"secret": "a", "certManager": {"enabled": True}}}, "only one"),
         ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs"),
         ({"ingress": {"enabled": True, "tlsSecret": "tls"}}, "ingress.host"),
@@ -274,6 +275,25 @@ def test_every_command_and_flag_is_one_of_baton(case: list[Manifest]) -> None:
         assert ("ENTRYPOINT", '["baton"]') in stage(container["name"])
         done = CliRunner().invoke(app, [*container["args"], "--help"])
         assert done.exit_code == 0, done.output
+
+
+def test_an_init_container_fetches_what_comes_from_the_hub() -> None:
+    def inits(model: dict[str, Any]) -> dict[str, list[Manifest]]:
+        workloads = ours(rendered({"model": model, "models": {"download": True}}))
+        return {component(w): pod_of(w)["spec"].get("initContainers", []) for w in workloads}
+
+    found = inits({"model": "org/some-model", "revision": "v2"})
+    assert found.pop("router") == []
+    for containers in found.values():
+        (init,) = containers
+        assert init["args"] == ["fetch", "org/some-model", "--revision=v2"]
+        assert CliRunner().invoke(app, [*init["args"], "--help"]).exit_code == 0
+        assert init["securityContext"]["readOnlyRootFilesystem"] is True
+        assert init["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert {"name": "HF_HOME", "value": "/models"} in init["env"]
+        assert "/models" in {mount["mountPath"] for mount in init["volumeMounts"]}
+    assert not any(inits({"model": "demo"}).values())
+    assert not any(inits({"model": "/models/mine"}).values())
 
 
 def test_ports_are_those_that_the_processes_listen_on(case: list[Manifest], tmp_path: Path) -> None:
