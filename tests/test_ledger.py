@@ -87,7 +87,13 @@ def test_it_adds_up_at_every_moment_under_load_with_cancels_and_deaths() -> None
 
 def health(**changes: Any) -> dict[str, Any]:
     worker = {"id": "decode-0", "ready": True}
-    pair = {"prefill": "prefill-0", "decode": "decode-0", "transport": "tcp", "bytes_per_s": 1.234e9}
+    pair = {
+        "prefill": "prefill-0",
+        "decode": "decode-0",
+        "transport": "tcp",
+        "bytes_per_s": 1.234e9,
+        "troubles": {},
+    }
     return {"reasons": [], "workers": [worker], "pairs": [pair], **changes}
 
 
@@ -108,6 +114,14 @@ def test_the_doctor_finds_nothing_where_nothing_is() -> None:
     assert [finding.text for finding in diagnose(health(), blocks())] == [
         "prefill-0 -> decode-0 over tcp, 1.23 GB/s"
     ]
+
+
+def test_the_doctor_tells_what_a_pair_has_been_through() -> None:
+    seen = health()
+    seen["pairs"][0]["troubles"] = {"mismatches": 2, "repairs": 1}
+    [finding] = diagnose(seen, blocks())
+    assert finding.text.endswith("1.23 GB/s (2 mismatches, 1 repairs since the router started)")
+    assert not finding.is_problem
 
 
 def test_the_doctor_names_what_is_wrong() -> None:
@@ -132,4 +146,6 @@ def test_the_doctor_names_what_is_wrong() -> None:
     assert problems(health(), stuck) == []
     stuck["workers"]["decode-0"]["holders"][0] |= {"purpose": "draining", "lease_left_s": None}
     assert "nobody renews it" in problems(health(), stuck)[0]
+    gone = {"workers": {"decode-0": {"error": "gone"}}}
+    assert "prefill-0 -> decode-0 over tcp, 1.23 GB/s: decode-0 does not answer" in problems(health(), gone)
     assert "no block ledger" in problems(health(), {"workers": {"decode-0": {"error": "gone"}}})[0]

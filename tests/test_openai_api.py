@@ -714,6 +714,7 @@ async def test_health_shows_workers_pairs_transport_and_index() -> None:
     assert body["transport"] == "tcp"
     assert body["index"] == {"kind": "memory", "healthy": True, "detail": ""}
     pair = {"prefill": "prefill-0", "decode": "decode-0", "transport": "tcp", "bytes_per_s": 1e9}
+    pair["troubles"] = {}
     assert body["pairs"] == [pair]
     assert [w["id"] for w in body["workers"]] == ["prefill-0", "decode-0"]
     assert (

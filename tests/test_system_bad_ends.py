@@ -140,6 +140,22 @@ async def test_a_worker_killed_while_kv_is_on_the_wire(transport: str, victim: s
         await stack.until_nothing_is_used("prefill-0", "decode-0")
 
 
+async def test_a_prefill_worker_that_hangs_while_kv_is_on_the_wire(stack: Stack) -> None:
+    """Its connections stay open. The decode worker computes what did not come, and keeps nothing for it."""
+    clients = [asyncio.create_task(collect(stack, 1500 + n, 20, asyncio.Event())) for n in range(6)]
+    await until(lambda: _num_used(stack, "decode-0"), True, "blocks reserved on decode-0")
+    await asyncio.sleep(0.3)
+    await stack.signal("prefill-0", signal.SIGSTOP)
+    outcomes = await asyncio.gather(*clients)
+    assert all(is_whole(events) for events, _ in outcomes)
+    assert "handover.repaired" in stack.log(), "it was stopped too late to matter"
+    await stack.until_nothing_is_used("decode-0")
+    await stack.signal("prefill-0", signal.SIGCONT)
+    await stack.until_nothing_is_used("prefill-0")
+    await stack.until_ready(2)
+    assert await ask(stack)
+
+
 async def _num_used(stack: Stack, name: str) -> bool:
     return (await stack.status(name)).num_used_blocks > 0
 

@@ -28,13 +28,17 @@ def diagnose(health: dict[str, Any], blocks: dict[str, Any]) -> list[Finding]:
     for worker_id, ledger in blocks["workers"].items():
         findings += _of_worker(worker_id, ledger)
     for pair in health["pairs"]:
-        findings.append(Finding(False, _of_pair(pair)))
+        silent = [w for w in (pair["prefill"], pair["decode"]) if "error" in blocks["workers"].get(w, {})]
+        why = f": {' and '.join(silent)} does not answer" if silent else ""
+        findings.append(Finding(bool(silent), _of_pair(pair) + why))
     return sorted(findings, key=lambda finding: not finding.is_problem)
 
 
 def _of_pair(pair: dict[str, Any]) -> str:
     rate = f", {pair['bytes_per_s'] / 1e9:.3g} GB/s" if pair["bytes_per_s"] else ""
-    return f"{pair['prefill']} -> {pair['decode']} over {pair['transport'] or 'nothing yet'}{rate}"
+    troubles = ", ".join(f"{number} {kind}" for kind, number in pair["troubles"].items())
+    seen = f" ({troubles} since the router started)" if troubles else ""
+    return f"{pair['prefill']} -> {pair['decode']} over {pair['transport'] or 'nothing yet'}{rate}{seen}"
 
 
 def _of_worker(worker_id: str, ledger: dict[str, Any]) -> list[Finding]:

@@ -17,6 +17,7 @@ from baton.errors import BatonError, Cancelled, ModelNotFound
 from baton.messages import BlockLedger, WorkerRecord
 from baton.request import Request as BatonRequest
 from baton_router.answer import Answer
+from baton_router.canary import PairCounts
 from baton_router.fleet_view import FleetView, readiness, transports_in_use
 from baton_router.front_door import FrontDoor
 from baton_router.openai import schema
@@ -214,6 +215,7 @@ class Api:
                     "decode": d.worker_id,
                     "transport": fleet.transport(p.worker_id, d.worker_id),
                     "bytes_per_s": fleet.bytes_per_s(p.worker_id, d.worker_id),
+                    "troubles": _troubles(fleet.pair_counts().get((p.worker_id, d.worker_id))),
                 }
                 for p, d in fleet.pairs()
             ],
@@ -248,6 +250,17 @@ class Api:
             raise HTTPException(404, f"request {request_id!r} is not one of the latest")
         derived = {"ttft_s": record.ttft_s, "mean_itl_s": record.mean_itl_s}
         return _json(dataclasses.asdict(record) | derived)
+
+
+def _troubles(counts: PairCounts | None) -> dict[str, int]:
+    """Since the router started; empty where there were none."""
+    counts = counts or PairCounts()
+    found = {
+        "mismatches": counts.num_mismatches,
+        "repairs": counts.num_repairs,
+        "quarantines": counts.num_quarantines,
+    }
+    return {kind: number for kind, number in found.items() if number}
 
 
 def _ledger(ledger: BlockLedger | BatonError) -> dict[str, Any]:
