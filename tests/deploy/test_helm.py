@@ -48,6 +48,7 @@ import baton_router.app
 from baton.config import RouterConfig, WorkerConfig
 from baton.settings import env_name, load, load_log
 from baton.telemetry import WorkerMetrics
+from baton.vllm_metrics import RouterVllmNames
 from baton_cli.main import app
 from baton_router.metrics import RouterMetrics
 from baton_router.openai import schema as openai
@@ -64,6 +65,7 @@ KUBE_VERSIONS = (
 )  # the oldest that the chart supports, one between, the newest known here
 CUSTOM = {
     "Certificate",
+    "InferencePool",
     "Issuer",
     "ServiceMonitor",
     "HTTPRoute",
@@ -161,6 +163,7 @@ def test_mistakes_in_values_are_named(values: dict[str, Any], complaint: str) ->
         ({"workers": {"decode": {"autoscaling": SCALED}}}, "prometheusUrl"),
         ({"monitoring": {"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}}}, "only one"),
         ({"model": {"model": "o/m"}, "models": {"download": True, "readOnly": True}}, "read-only"),
+        ({"inferencePool": {"enabled": True}}, "inferencePool.endpointPicker.name"),
         ({"kvTls": {"secret": "a", "certManager": {"enabled": True}}}, "only one"),
         ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs"),
         ({"ingress": {"enabled": True, "tlsSecret": "tls"}}, "ingress.host"),
@@ -623,6 +626,29 @@ def test_only_the_api_is_reached_from_outside() -> None:
     assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/v1"}}]
     (target,) = rule["backendRefs"]
     assert target["port"] in {p["port"] for p in services[target["name"]]["spec"]["ports"]}
+
+
+def test_an_inference_pool_holds_the_routers_and_takes_the_route() -> None:
+    pool_values = {"enabled": True, "endpointPicker": {"name": "picker"}}
+    manifests = rendered(example("autoscaled") | {"inferencePool": pool_values})
+    (pool,), (route,) = of_kind(manifests, "InferencePool"), of_kind(manifests, "HTTPRoute")
+    (rule,) = route["spec"]["rules"]
+    assert rule["backendRefs"] == [
+        {"group": pool["apiVersion"].split("/")[0], "kind": "InferencePool", "name": pool["metadata"]["name"]}
+    ]
+    (port,) = pool["spec"]["targetPorts"]
+    found = [w for w in ours(manifests) if matches(pool["spec"]["selector"], pod_of(w)["metadata"]["labels"])]
+    assert [component(w) for w in found] == ["router"]
+    assert {"name": "http", "containerPort": port["number"]} in container_of(found[0])["ports"]
+
+
+def test_routers_have_the_metrics_that_endpoint_pickers_read() -> None:
+    registry = CollectorRegistry()
+    RouterMetrics(registry)
+    registry.register(RouterVllmNames(registry, "demo", "router"))
+    told = generate_latest(registry).decode()
+    for name in ("vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc"):
+        assert f"# TYPE {name} gauge" in told
 
 
 @pytest.mark.parametrize(
