@@ -9,7 +9,7 @@ import pytest
 
 from baton.clock import VirtualClock
 from baton.config import TransferConfig
-from baton.errors import BatonError
+from baton.errors import BatonError, DeadlineExceeded
 from baton.messages import Purpose, Role
 from baton.request import Request, RequestId, SamplingParams
 from baton_loadtest.local_fleet import HEARTBEAT_S, LocalWorker
@@ -122,5 +122,35 @@ def test_an_expiry_before_the_first_piece_is_counted(role: Role) -> None:
             names = prefill.record.worker_id, decode.record.worker_id
             assert outcomes["sent"] == ("failed", names[1])
             assert outcomes["received"] in (("failed", names[0]), ("expired", names[0]))
+
+    clock.run(main())
+
+
+async def leave(fleet: SimulatedFleet, request: Request, after_s: float) -> None:
+    client = asyncio.create_task(fleet.ask(request))
+    await fleet.clock.sleep(after_s)
+    client.cancel()
+    await asyncio.gather(client, return_exceptions=True)
+
+
+async def run_out_of_time(fleet: SimulatedFleet, request: Request, after_s: float) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await fleet.ask(request, timeout_s=after_s)
+
+
+@pytest.mark.parametrize("end", [leave, run_out_of_time])
+@pytest.mark.parametrize("after_s", [0.001, 0.01, 0.03, 0.06, 0.1, 0.2, 0.3, 0.4, 0.5])
+def test_both_sides_have_everything_back_within_a_heartbeat_of_a_client_s_end(
+    end: Callable[[SimulatedFleet, Request, float], Awaitable[None]], after_s: float
+) -> None:
+    clock = VirtualClock()
+
+    async def main() -> None:
+        async with running_fleet(CONFIG, clock) as fleet:
+            await end(fleet, make_request("r", 280, 60), after_s)
+            await clock.sleep(HEARTBEAT_S)
+            assert set(fleet.num_used_blocks().values()) == {0}
+            assert all(worker.receiver.num_expected == 0 for worker in fleet.workers.values())
+            fleet.check_conservation()
 
     clock.run(main())
