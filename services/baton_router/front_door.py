@@ -111,7 +111,7 @@ class FrontDoor:
         `param` is where the prompt is."""
         limit = self.max_model_len()
         if limit is None:
-            raise Unavailable("no worker is known yet")
+            raise Unavailable("no worker is known yet", retry_after_s=1.0)
         room = limit - num_prompt_tokens
         length = f"this model's maximum context length is {limit} tokens"
         if room < 1:
