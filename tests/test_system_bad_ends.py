@@ -156,6 +156,21 @@ async def test_a_prefill_worker_that_hangs_while_kv_is_on_the_wire(stack: Stack)
     assert await ask(stack)
 
 
+async def test_a_decode_worker_that_hangs_while_kv_is_on_the_wire(stack: Stack) -> None:
+    """Its clients hear of it, the prefill worker has its blocks back, and once it goes on it gives up its own."""
+    clients = [asyncio.create_task(collect(stack, 1500 + n, 200, asyncio.Event())) for n in range(6)]
+    await until(lambda: _num_used(stack, "decode-0"), True, "blocks reserved on decode-0")
+    await stack.signal("decode-0", signal.SIGSTOP)
+    outcomes = await asyncio.gather(*clients)
+    codes = {events[-1]["error"]["code"] for events, _ in outcomes}
+    assert codes <= {"worker_lost", "unavailable"}
+    await stack.until_nothing_is_used("prefill-0")
+    await stack.signal("decode-0", signal.SIGCONT)
+    await stack.until_nothing_is_used("decode-0")
+    await stack.until_ready(2)
+    assert await ask(stack)
+
+
 async def _num_used(stack: Stack, name: str) -> bool:
     return (await stack.status(name)).num_used_blocks > 0
 
