@@ -3,7 +3,7 @@ are equal on both sides, the tokens equal those of one engine, and a bad byte is
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +110,32 @@ async def test_kv_bytes_are_equal_on_both_sides_and_the_answers_right(
         assert [answer(tokenizer, tokens) for tokens in answers] == [expected for _, expected in asked]
         assert len(compared) == len(asked)
         assert set(fleet.num_used_blocks().values()) == {0} or await given_back(fleet)
+
+
+@pytest.mark.parametrize("transport", available())
+async def test_pieces_that_only_renew_the_lease_go_over_every_transport(
+    transport: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fleet_of(transport, *PAIR) as fleet:
+        _, decode = workers(fleet)
+        monkeypatch.setattr("baton_prefill.push.HEARTBEAT", 1e-4)
+        opened: list[PieceHeader] = []
+        open_piece = decode.receiver.open
+
+        def open_and_note(header: PieceHeader) -> Sequence[memoryview]:
+            opened.append(header)
+            return open_piece(header)
+
+        decode.receiver.open = open_and_note  # type: ignore[method-assign]
+        fleet.transfers.clear()
+        request, expected = question(tokenizer, 1)
+        assert answer(tokenizer, await fleet.ask(request)) == expected
+        await given_back(fleet)
+        assert any(not header.num_tokens and not header.is_last for header in opened)
+        assert {report.direction: (report.outcome, report.num_pieces) for report in fleet.transfers} == {
+            "sent": ("ok", len(opened)),
+            "received": ("ok", len(opened)),
+        }
 
 
 async def given_back(fleet: LocalFleet) -> bool:
