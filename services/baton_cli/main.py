@@ -21,11 +21,11 @@ from baton_cli.process import Main, SupervisorLink, complain, run
 if TYPE_CHECKING:
     from baton.config import LogConfig
 
-ROUTER_FLAGS = (*ADDRESS, "grpc_port", *MODEL, *INDEX, "workers", "max_num_requests")
+ROUTER_FLAGS = (*ADDRESS, "grpc_port", *MODEL, *INDEX, "workers", "max_num_requests", "api_keys_file")
 WORKER_FLAGS = (*ADDRESS, "advertise_host", "metrics_port", "worker_id", *MODEL, *ENGINE, *INDEX)
 ANY_WORKER_FLAGS = ("roles", *WORKER_FLAGS)
 GENERATE_FLAGS = (*MODEL, *(path for path in ENGINE if not path.startswith("transfer.")))
-UP_FLAGS = (*ADDRESS, *MODEL, "prefill", "decode", *ENGINE, *INDEX)
+UP_FLAGS = (*ADDRESS, *MODEL, "prefill", "decode", *ENGINE, *INDEX, "api_keys_file")
 
 ConfigFile = Annotated[
     Path | None,
