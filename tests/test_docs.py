@@ -97,6 +97,11 @@ def test_an_unknown_marker_fails() -> None:
         hooks().fill("{{ nonsense }}")
 
 
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert [page.name for page in PAGES if f"- {page.name}\n" not in navigation] == []
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     names = {page.name for page in PAGES}
     for page in PAGES:
