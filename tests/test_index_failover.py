@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -100,12 +101,9 @@ async def test_sentinels_name_the_master_and_after_a_failover_the_new_one(tmp_pa
 
 
 async def test_in_a_cluster_the_index_follows_its_slot(tmp_path: Path) -> None:
-    ports = [_free_port(), _free_port()]
-    nodes = [
-        ["--port", str(port), "--cluster-enabled", "yes", "--cluster-config-file", f"nodes-{port}.conf",
-         "--cluster-port", str(_free_port())][: 6 if _is_old() else 8]
-        for port in ports
-    ]  # fmt: skip
+    ports = [cluster_port(), cluster_port()]
+    cluster = ["--cluster-enabled", "yes", "--cluster-config-file"]
+    nodes = [["--port", str(port), *cluster, f"nodes-{port}.conf"] for port in ports]
     with processes(tmp_path, *nodes), Redis(port=ports[0]) as a, Redis(port=ports[1]) as b:
         for node, slots in ((a, range(8192)), (b, range(8192, 16384))):
             until(node.ping)
@@ -131,10 +129,13 @@ async def test_in_a_cluster_the_index_follows_its_slot(tmp_path: Path) -> None:
         await index.aclose()
 
 
-def _is_old() -> bool:
-    """--cluster-port came with Redis 7; before, the port is always 10000 above."""
-    told = subprocess.run([default_server(), "--version"], capture_output=True, text=True, check=True).stdout
-    return "v=6" in told
+def cluster_port() -> int:
+    """A free port whose cluster bus, 10000 above, is a free port, too."""
+    while True:
+        port = _free_port()
+        with contextlib.suppress(OSError, OverflowError), socket.socket() as bus:
+            bus.bind(("127.0.0.1", port + 10_000))
+            return port
 
 
 @pytest.mark.parametrize(
