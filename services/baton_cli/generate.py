@@ -196,12 +196,15 @@ class Batch:
         headers = {"content-type": "application/json", "x-request-id": request_id}
         while True:
             self._num_in_flight += 1
+            refused = False
             try:
                 response = await self._http.post(url, content=body, headers=headers)
+                refused = response.status_code == 429 and self._num_in_flight > 1
             finally:
                 self._num_in_flight -= 1
-                self._one_ended.set()
-            if response.status_code != 429 or self._num_in_flight == 0:
+                if not refused:  # who was refused leaves no room: waking the others for that would never end
+                    self._one_ended.set()
+            if not refused:
                 return response
             self._one_ended.clear()
             await self._one_ended.wait()
