@@ -105,6 +105,7 @@ class UcxTransport(Transport):
         self._receiving: set[asyncio.Task[None]] = set()
         self._parting: set[asyncio.Task[None]] = set()
         self._connections: set[SenderEnd] = set()
+        self._is_torn = False  # a piece ended in the middle: chunks of it may still come
 
     # --- receiving ---
 
@@ -143,7 +144,11 @@ class UcxTransport(Transport):
                 header, payload = await line.chunk()
                 if not header:
                     raise TransferError("a chunk that belongs to no piece")
-                await self._receive_piece(line, end, PieceHeader.decode(header), payload)
+                try:
+                    await self._receive_piece(line, end, PieceHeader.decode(header), payload)
+                except BaseException:
+                    self._is_torn = True
+                    raise
         except TransferError as cause:
             error = cause.with_traceback(None)
         except TimeoutError:
@@ -229,7 +234,10 @@ class UcxTransport(Transport):
         for connection in tuple(self._connections):
             await connection.aclose()
         await asyncio.gather(*self._parting, return_exceptions=True)
-        await self._worker.aclose()
+        # Closing a worker, ucxx receives what nobody asked for and waits for it without end: from a sender that died
+        # or stopped in the middle of a chunk it never comes. Whoever closes a transport is about to end, so a worker
+        # that may have such a chunk is left to the operating system.
+        await self._worker.aclose(abandon=self._is_torn)
 
     def _keep(self, tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

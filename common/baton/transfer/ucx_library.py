@@ -60,7 +60,7 @@ class Library(Protocol):
         """The message may be shorter than the buffer. With an endpoint, ends with an error when that does."""
         ...
 
-    def shut_down(self) -> None:
+    def shut_down(self, *, abandon: bool) -> None:
         """The worker and its sockets go, as soon as no request or endpoint of it is referenced any more."""
         ...
 
@@ -143,7 +143,9 @@ class UcxxLibrary:
         owner = self._worker if endpoint is None else endpoint
         return _UcxxRequest(owner.tag_recv(self._array(buffer), self._ucxx.UCXXTag(tag)))
 
-    def shut_down(self) -> None:
+    def shut_down(self, *, abandon: bool) -> None:
+        if abandon:  # a reference that nobody gives back: its destructor never runs
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._worker))
         del self._worker
 
 
@@ -223,7 +225,7 @@ class UcxPyLibrary:
         self._posted[endpoint] = [*posted, request]
         return request
 
-    def shut_down(self) -> None:
+    def shut_down(self, *, abandon: bool) -> None:
         for request in self._posted.pop(None, ()):
             if not request.completed:
                 self._worker.request_cancel(request.handle)

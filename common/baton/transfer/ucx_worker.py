@@ -82,8 +82,8 @@ class UcxWorker:
         if operation.error is not None:
             raise TransferError(operation.error)
 
-    async def aclose(self) -> None:
-        """All endpoints are closed by now. Closes the worker, with it its sockets."""
+    async def aclose(self, *, abandon: bool = False) -> None:
+        """All endpoints are closed by now. Closes the worker, with it its sockets; one to `abandon` only stops."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -92,7 +92,7 @@ class UcxWorker:
         if self._loop is not None:
             self._loop.remove_reader(self._library.fd)
             await self._end_operations()
-        self._library.shut_down()
+        self._library.shut_down(abandon=abandon)
 
     # --- inside ---
 
