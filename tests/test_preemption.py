@@ -32,6 +32,7 @@ from baton.engine.worker import Worker
 from baton.errors import ConfigError
 from baton.kv.cache_manager import KVCacheManager
 from baton.kv.offload import HostBlocks
+from baton.messages import Purpose
 from baton.request import BlockId, Request, RequestId, SamplingParams
 from baton.telemetry import WorkerMetrics
 from baton_cli.compose import count_steps
@@ -129,11 +130,7 @@ async def test_swap_under_random_aborts() -> None:
             engine.abort(RequestId(victim))
         collected.add(await engine.step())
         engine.check_integrity()
-    assert (
-        engine.pressure.num_swapped
-        and engine.pressure.num_swapped < engine.pressure.num_preemptions
-        and aborted
-    )
+    assert engine.pressure.num_swapped and aborted
     for name in prompts.keys() - aborted:
         assert collected.tokens[name] == expected_tokens(prompts[name], 20)
 
@@ -241,6 +238,9 @@ async def test_pressure_is_told_as_metrics() -> None:
 
         def listen(self, listener: Callable[[StepOutput], None]) -> None:
             self.listener = listener
+
+        def blocks_by_purpose(self) -> dict[Purpose, int]:
+            return {}
 
     engine, runner = make_engine(num_blocks=6, swap_space_bytes=3 * BLOCK_BYTES)
     registry, worker = CollectorRegistry(), OneEngine(engine)

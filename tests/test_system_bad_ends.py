@@ -142,9 +142,9 @@ async def test_a_worker_killed_while_kv_is_on_the_wire(transport: str, victim: s
 
 async def test_a_prefill_worker_that_hangs_while_kv_is_on_the_wire(stack: Stack) -> None:
     """Its connections stay open. The decode worker computes what did not come, and keeps nothing for it."""
-    clients = [asyncio.create_task(collect(stack, 1500 + n, 20, asyncio.Event())) for n in range(6)]
+    clients = [asyncio.create_task(collect(stack, 1500 + n, 20, asyncio.Event())) for n in range(12)]
     await until(lambda: _num_used(stack, "decode-0"), True, "blocks reserved on decode-0")
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.1)
     await stack.signal("prefill-0", signal.SIGSTOP)
     outcomes = await asyncio.gather(*clients)
     assert all(is_whole(events) for events, _ in outcomes)
