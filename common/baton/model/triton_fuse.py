@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from baton.model.packed import close, sample_input
 from baton_kernels.rms_norm import add_rms_norm
 from baton_kernels.silu_mul import silu_mul
 
@@ -84,8 +85,12 @@ def _gated_mlp(module: nn.Module) -> nn.Module | None:
     if not (_is_linear(gate) and _is_linear(up) and _is_linear(down)):
         return None
     assert isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
-    x = _sample(64, gate.weight, 1.0)
-    if gate.bias is not None or up.bias is not None or not _close(activation(x), F.silu(x)):
+    x = sample_input(64, gate.weight.dtype).to(gate.weight.device)
+    if (
+        gate.bias is not None
+        or up.bias is not None
+        or not close(activation(x), F.silu(x), _tolerance(x.dtype))
+    ):
         return None
     new = FusedGatedMLP(gate, up, down)
     return new if _agree(module, new, gate.weight, (1.0,)) else None
@@ -101,18 +106,10 @@ def _agree(
     weight: Tensor,
     scales: tuple[float, ...],
 ) -> bool:
-    samples = [_sample(weight.shape[-1], weight, scale) for scale in scales]
-    return all(_close(new(x), old(x)) for x in samples)
+    size, dtype, device = weight.shape[-1], weight.dtype, weight.device
+    samples = [sample_input(size, dtype, scale).to(device) for scale in scales]
+    return all(close(new(x), old(x), _tolerance(dtype)) for x in samples)
 
 
-def _sample(size: int, like: Tensor, scale: float) -> Tensor:
-    """[1, 4, size], the same in every run."""
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(1, 4, size, generator=generator) * scale).to(like.device, like.dtype)
-
-
-def _close(out: Tensor, expected: Tensor) -> bool:
-    """Equal but for the order of sums and the last rounding."""
-    tolerance = 1e-4 if expected.dtype is torch.float32 else 2e-2
-    error = (out.float() - expected.float()).abs().max()
-    return out.shape == expected.shape and bool(error <= tolerance * expected.float().abs().max())
+def _tolerance(dtype: torch.dtype) -> float:
+    return 1e-4 if dtype is torch.float32 else 2e-2
