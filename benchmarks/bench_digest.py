@@ -3,7 +3,7 @@
     python benchmarks/bench_digest.py [--model demo] [--tokens 512 2048] [--rounds 5]
 
 One engine computes the prompts in this process (one thread, no prefix cache); then the pieces of each prompt, cut as
-`baton_prefill.outgoing` cuts them, are digested from blocks of a pool of the same layout, as the sender and the
+`baton.handover.outgoing` cuts them, are digested from blocks of a pool of the same layout, as the sender and the
 receiver each do once. `share` is one end's digests / the prefill. The last line is one JSON object.
 """
 
@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 
 from baton.config import TransferConfig
+from baton.handover.outgoing import Outgoing, layer_group_ends
 from baton.kv.layout import KVLayout
 from baton.kv.storage import KVStorage
 from baton.llm import LLM
@@ -24,7 +25,6 @@ from baton.request import BlockId, RequestId, SamplingParams
 from baton.transfer import adapt
 from baton.transfer.digest import Digester
 from baton.transfer.wire import PieceHeader
-from baton_prefill.outgoing import Outgoing, layer_group_ends
 
 CHUNK = 512  # tokens of one step
 

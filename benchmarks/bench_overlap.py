@@ -41,6 +41,7 @@ from baton.config import EngineConfig, ModelConfig, TransferConfig
 from baton.engine.engine import Engine
 from baton.engine.model_runner import TorchModelRunner, load_runner
 from baton.engine.worker import Worker
+from baton.handover.receive import Receiver
 from baton.kv.block import num_blocks_for
 from baton.kv.layout import KVLayout, LayerLayout
 from baton.kv.storage import KVStorage
@@ -49,7 +50,6 @@ from baton.request import BlockId, Request, RequestId, SamplingParams, WorkerId
 from baton.transfer.handshake import Compatibility
 from baton.transfer.report import TransferReport
 from baton.transfer.tcp import TcpTransport
-from baton_decode.receive import Receiver
 from baton_loadtest.paced import PacedTcpTransport
 from baton_prefill.service import PrefillService
 

@@ -118,7 +118,7 @@ async def test_pieces_that_only_renew_the_lease_go_over_every_transport(
 ) -> None:
     async with fleet_of(transport, *PAIR) as fleet:
         _, decode = workers(fleet)
-        monkeypatch.setattr("baton_prefill.push.HEARTBEAT", 1e-4)
+        monkeypatch.setattr("baton.handover.push.HEARTBEAT", 1e-4)
         opened: list[PieceHeader] = []
         open_piece = decode.receiver.open
 

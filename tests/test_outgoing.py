@@ -5,8 +5,8 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baton.handover.outgoing import Outgoing, Span, layer_group_ends
 from baton.kv.layout import KVLayout, LayerLayout
-from baton_prefill.outgoing import Outgoing, Span, layer_group_ends
 
 NUM_LAYERS = 6
 LAYOUT = KVLayout(16, (LayerLayout(1, 4, 4),) * NUM_LAYERS, "float32", 4)

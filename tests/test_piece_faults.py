@@ -11,11 +11,11 @@ from kv_pools import IDENTITY, Pool, digested, fill, layout_of, pool_for, reques
 
 from baton.clock import VirtualClock
 from baton.errors import TransferError, TransferRefused
+from baton.handover.receive import Receiver
 from baton.request import BlockId, Request
 from baton.transfer import adapt
 from baton.transfer.session import State
 from baton.transfer.wire import PieceHeader
-from baton_decode.receive import Receiver
 
 NUM_TOKENS = 40
 NUM_FAULTS = 10_000

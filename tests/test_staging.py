@@ -7,12 +7,12 @@ import torch
 from kv_pools import IDENTITY, digested, fill, layout_of, request_of, table, whole
 
 from baton.clock import VirtualClock
+from baton.handover.receive import Receiver
 from baton.kv.layout import KVLayout
 from baton.kv.staging import StagedStorage, for_transfer
 from baton.kv.storage import KVStorage
 from baton.transfer import adapt
 from baton.transfer.wire import PieceHeader
-from baton_decode.receive import Receiver
 
 NUM_TOKENS = 147  # ends in the middle of a block
 

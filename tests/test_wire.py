@@ -27,6 +27,7 @@ from kv_pools import (
 
 from baton.clock import VirtualClock
 from baton.errors import TransferError, TransferRefused
+from baton.handover.receive import Receiver
 from baton.kv.layout import KVLayout, LayerLayout
 from baton.kv.storage import KVStorage
 from baton.request import BlockId, RequestId
@@ -34,7 +35,6 @@ from baton.transfer import adapt
 from baton.transfer.digest import Digester, token_digests
 from baton.transfer.session import State
 from baton.transfer.wire import DTYPES, FIXED_BYTES, PieceHeader
-from baton_decode.receive import Receiver
 
 NUM_TOKENS = 147  # two blocks of 64 and a rest that is no multiple of anything
 BLOCK_SIZES = (16, 32, 64)

@@ -15,13 +15,13 @@ from baton.engine.engine import Engine
 from baton.engine.policy import policy_for
 from baton.engine.worker import Worker
 from baton.events import Emit
+from baton.handover.receive import Receiver
 from baton.index.memory import MemoryIndex
 from baton.messages import Compatibility, Role, WorkerRecord
 from baton.request import Request, WorkerId
 from baton.rpc import Handlers, InprocRpc, InprocRpcNetwork
 from baton.transfer.base import Transport
 from baton.transfer.report import TransferReport
-from baton_decode.receive import Receiver
 from baton_decode.service import DecodeService
 from baton_prefill.service import PrefillService
 from baton_router.fleet import Fleet

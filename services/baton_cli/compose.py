@@ -23,6 +23,7 @@ from baton.engine.policy import policy_for
 from baton.engine.worker import Worker
 from baton.events import LogEvents
 from baton.garbage import tune_garbage_collector
+from baton.handover.receive import Receiver
 from baton.index.base import PrefixIndex
 from baton.index.redis import RedisIndex
 from baton.kv.staging import for_transfer
@@ -35,7 +36,6 @@ from baton.transfer.base import Transport
 from baton.transfer.choose import make_transport
 from baton.transfer.tls import load_tls
 from baton.vllm_metrics import WorkerVllmNames
-from baton_decode.receive import Receiver
 from baton_decode.service import DecodeService
 from baton_prefill.service import PrefillService
 

@@ -10,11 +10,11 @@ from baton.engine.samples import begin_samples
 from baton.engine.worker import Worker
 from baton.errors import InternalError
 from baton.events import Emit
+from baton.handover.receive import Receiver
 from baton.messages import GenerateCall, GenerateChunk, SessionDown, SessionUp
 from baton.request import FinishReason
 from baton.rpc import DECODE_GENERATE, SESSION, Handlers
 from baton.tracing import NO_TRACING, Tracer
-from baton_decode.receive import Receiver
 from baton_decode.session import Context, Session
 
 

@@ -24,6 +24,7 @@ from baton.engine.samples import begin_samples
 from baton.engine.worker import Worker
 from baton.errors import BatonError, DeadlineExceeded, InternalError, TransferError
 from baton.events import Emit, about
+from baton.handover.receive import Receiver
 from baton.kv.block import num_blocks_for
 from baton.messages import (
     Cancel,
@@ -40,7 +41,6 @@ from baton.messages import (
 )
 from baton.request import FinishReason, Request, RequestId
 from baton.tracing import NO_TRACING, Phases, SpanKind, Tracer
-from baton_decode.receive import Receiver
 
 
 @dataclass(frozen=True, slots=True)

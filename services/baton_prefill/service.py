@@ -20,6 +20,8 @@ from baton.engine.batch import LayerProgress, SequenceOutput, StepOutput
 from baton.engine.worker import Worker
 from baton.errors import BatonError, InternalError, TransferError
 from baton.events import Emit, about
+from baton.handover.outgoing import layer_group_ends
+from baton.handover.push import Connections, Push
 from baton.kv.layout import Storage
 from baton.messages import Holder, PrefillAnswer, PrefillCall, PrefillResult, Pushed, Ticket
 from baton.request import FinishReason, Request, RequestId
@@ -28,8 +30,6 @@ from baton.tracing import NO_TRACING, Phases, SpanKind, Tracer
 from baton.transfer.base import Transport
 from baton.transfer.handshake import Kind, decide
 from baton.transfer.report import OnTransfer, Outcome, TransferReport, ignore
-from baton_prefill.outgoing import layer_group_ends
-from baton_prefill.push import Connections, Push
 
 
 @dataclass(slots=True)

@@ -14,6 +14,8 @@ from dataclasses import replace
 from baton.clock import Clock
 from baton.errors import TransferError, TransferRefused
 from baton.events import Emit, about
+from baton.handover.busy import BusyTime
+from baton.handover.outgoing import Outgoing, Span
 from baton.kv.layout import Storage
 from baton.messages import Ticket
 from baton.request import BlockId, Request
@@ -23,8 +25,6 @@ from baton.transfer.digest import Digester, is_mismatch
 from baton.transfer.report import Outcome, TransferReport
 from baton.transfer.session import Sending
 from baton.transfer.wire import PieceHeader
-from baton_prefill.busy import BusyTime
-from baton_prefill.outgoing import Outgoing, Span
 
 HEARTBEAT = 1 / 3  # of the lease: the longest silence of a sender
 
