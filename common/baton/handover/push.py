@@ -120,6 +120,7 @@ class Push:
                     header = await self._next_piece()
                     is_last = header.is_last
                     tasks.create_task(self._send(connection, header, in_flight))
+                    await asyncio.sleep(0)  # a turn of the loop for each piece's digest
         except BaseExceptionGroup as group:
             raise _first_cause(group) from None
         except TransferError as error:

@@ -65,6 +65,7 @@ class UcxConnection(SenderEnd):
     async def _transmit(self, header: bytes, payload: Vector) -> None:
         await self._line.send_chunk(header, payload)
         while payload.left:
+            await asyncio.sleep(0)  # a fast receiver leaves nothing to wait for
             await self._line.send_chunk(b"", payload)
 
     async def _read_controls(self) -> None:

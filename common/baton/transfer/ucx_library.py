@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from baton.errors import ConfigError
 
-PROGRESS_STEPS = 32  # per call, so that the event loop stays responsive
+PROGRESS_STEPS = 8  # per call, each up to a segment of data, so that the event loop stays responsive
 
 
 class Request(Protocol):
