@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from baton.engine.prompt_scores import PromptScores
 from baton.engine.sampling_state import Matcher, SamplingState
@@ -19,8 +19,7 @@ from baton.request import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class BatchRow:
+class BatchRow(NamedTuple):
     """Tokens [start, start + len(token_ids)) of one sequence: their KV is written, and with `sample` the token after
     the last of them is drawn. The KV of positions below `start` is there already. With `scores` all of these positions
     are noted there that it has targets for.
@@ -110,8 +109,7 @@ class ModelRunner(Protocol):
     async def aclose(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceOutput:
+class SequenceOutput(NamedTuple):
     """What a step did for one sequence. `token_ids` are new ones, the first of them the `first_index`-th generated."""
 
     request_id: RequestId

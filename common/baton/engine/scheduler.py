@@ -45,7 +45,7 @@ class Scheduler:
 
     def __init__(self, kv: KVCacheManager, preemption: Preemption, *, max_num_seqs: int) -> None:
         self.waiting: list[Sequence] = []  # in the order of their turns
-        self.running: list[Sequence] = []  # in the order of admission
+        self.running: list[Sequence] = []  # in the order of their turns
         self.num_reserved = 0
         self.num_preemptions = 0
         self._kv = kv
@@ -134,13 +134,16 @@ class Scheduler:
         assert all(s.status is SequenceStatus.WAITING and not s.block_table for s in self.waiting)
         assert self.waiting == sorted(self.waiting, key=_turn)
         assert all(s.status is SequenceStatus.RUNNING and s.block_table for s in self.running)
+        assert self.running == sorted(self.running, key=_turn)
         assert 0 <= self.num_reserved <= self._max_num_seqs - len(self.running)
 
     def _decodes_and_prompts(self) -> tuple[list[Sequence], list[Sequence]]:
         """In the order of their turns: who has to give way has no row yet, for only decodes ask for blocks."""
-        in_order = sorted(self.running, key=_turn)
-        decodes = [sequence for sequence in in_order if sequence.num_ready_tokens <= 1]
-        return decodes, [sequence for sequence in in_order if sequence.num_ready_tokens > 1]
+        decodes: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for sequence in self.running:
+            (decodes if sequence.num_ready_tokens <= 1 else prompts).append(sequence)
+        return decodes, prompts
 
     def _in_line(self) -> list[Sequence]:
         return [sequence for sequence in self.waiting if not self._waits_for_parent(sequence)]
@@ -180,7 +183,7 @@ class Scheduler:
 
     def _run(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.RUNNING
-        self.running.append(sequence)
+        bisect.insort(self.running, sequence, key=_turn)
 
     def _wait(self, sequence: Sequence) -> None:
         sequence.status = SequenceStatus.WAITING
@@ -191,7 +194,7 @@ class Scheduler:
         while not self._kv.allocate(sequence, num_tokens):
             if not may_preempt:
                 return False
-            victim = max((s for s in self.running if not s.prefill_only), key=_turn)
+            victim = next(s for s in reversed(self.running) if not s.prefill_only)
             self._preempt(victim)
             if victim is sequence:
                 return False

@@ -60,6 +60,13 @@ class Sequence:
     num_steps_in_flight: int = 0  # its blocks must not go back before they have ended
     num_tokens_in_flight: int = 0
     num_tokens_pending: int = 0
+    stop_ids: frozenset[int] = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Asked for at every token, and made anew by the request each time."""
+        self.stop_ids = self.request.stop_ids
+        self.num_prompt_tokens = self.request.num_prompt_tokens
 
     @property
     def request_id(self) -> RequestId:
@@ -67,7 +74,7 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.request.num_prompt_tokens
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def finished(self) -> bool:
@@ -91,16 +98,15 @@ class Sequence:
         self.token_ids.append(token)
         if self.sampling_state is not None:
             self.sampling_state.append(token)
-        if token in self.request.stop_ids or (
-            self.sampling_state is not None and self.sampling_state.has_ended
-        ):
+        has_ended = self.sampling_state is not None and self.sampling_state.has_ended
+        if has_ended or token in self.stop_ids:
             self.finish_reason = FinishReason.STOP
         elif len(self.token_ids) >= self.max_num_tokens:
             self.finish_reason = FinishReason.LENGTH
 
     def prompt_blocks(self, block_size: int) -> list[BlockId]:
         """Where the prompt's KV lies; the last block may be partly filled."""
-        return self.block_table[: num_blocks_for(self.request.num_prompt_tokens, block_size)]
+        return self.block_table[: num_blocks_for(self.num_prompt_tokens, block_size)]
 
 
 class ScheduledRow(NamedTuple):

@@ -80,8 +80,11 @@ class KVCacheManager:
         A sequence without blocks takes its cached prefix first, which then counts as computed. `keep_free`
         blocks must be left over.
         """
+        num_missing = num_blocks_for(num_tokens, self.block_size) - len(sequence.block_table)
+        if num_missing <= 0:
+            return True
         hits = [] if sequence.block_table else self.match_prefix(sequence)
-        num_new = num_blocks_for(num_tokens, self.block_size) - len(sequence.block_table) - len(hits)
+        num_new = num_missing - len(hits)
         num_taken = num_new + sum(self._pool.is_free(block_id) for block_id in hits)
         if num_taken > max(0, self._pool.num_free - keep_free):
             return False
@@ -93,8 +96,7 @@ class KVCacheManager:
             num_hit_tokens = len(hits) * self.block_size
             sequence.num_computed_tokens = max(num_hit_tokens, sequence.num_computed_tokens)
             sequence.num_cached_tokens = min(num_hit_tokens, sequence.request.num_prompt_tokens)
-        if num_new > 0:
-            sequence.block_table.extend(self._pool.allocate(num_new))
+        sequence.block_table.extend(self._pool.allocate(num_new))
         self._owners[sequence] = None
         if sequence.host_blocks:
             self._swap_in(sequence, len(hits))
