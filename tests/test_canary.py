@@ -1,7 +1,5 @@
 """No pair carries traffic before it has given the right answer to a golden prompt."""
 
-from dataclasses import replace
-
 from baton.clock import VirtualClock
 from baton.engine.batch import BatchRow
 from baton.messages import Role
@@ -57,7 +55,7 @@ def test_a_prefill_worker_that_computes_something_else_under_the_same_name_never
             write = runner._write
 
             def write_other_weights(row: BatchRow, layers: range) -> None:
-                write(replace(row, token_ids=tuple(token ^ 1 for token in row.token_ids)), layers)
+                write(row._replace(token_ids=tuple(token ^ 1 for token in row.token_ids)), layers)
 
             runner._write = write_other_weights  # type: ignore[method-assign]
             await clock.sleep(2.0)

@@ -1,9 +1,7 @@
 """The engine on a model without weights whose answer depends on every token the blocks hold."""
 
 import asyncio
-import logging
 import random
-from collections.abc import Iterator
 
 import pytest
 from fake_model import (
@@ -26,12 +24,7 @@ from baton.request import FinishReason, Request, RequestId, SamplingParams
 A, B, C = RequestId("a"), RequestId("b"), RequestId("c")
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Failures are provoked here; their tracebacks are no news."""
-    logging.disable(logging.ERROR)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def _assert_idle(engine: Engine) -> None:

@@ -1,9 +1,7 @@
 """Several answers to one prompt share its blocks, whatever happens to any of them."""
 
 import asyncio
-import logging
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,17 +20,13 @@ from baton.config import EngineConfig, ModelConfig
 from baton.engine.engine import Engine
 from baton.engine.model_runner import load_runner
 from baton.errors import InvalidRequest
-from baton.request import Request, RequestId, SamplingParams
+from baton.request import FinishReason, Request, RequestId, SamplingParams
 
 PARENT, CHILD = RequestId("parent"), RequestId("child")
 NUM_TOKENS = 9
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    logging.disable(logging.ERROR)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def _family(prompt: range, num_children: int, max_tokens: int = NUM_TOKENS) -> list[Request]:
@@ -104,6 +98,49 @@ async def test_a_prompt_that_is_handed_over_is_forked_when_it_has_arrived() -> N
     collected.tokens[PARENT][:0] = first
     _assert_right(collected, family)
     assert runner.batches[0].num_tokens == 3 and len(runner.batches[0].copies) == 2
+
+
+@pytest.mark.parametrize("is_remote", [True, False])
+@pytest.mark.parametrize("num_prompt_tokens", [1, 4, 5, 10])
+async def test_the_prompt_of_a_sample_that_ends_with_its_first_token_is_forked_all_the_same(
+    num_prompt_tokens: int, is_remote: bool
+) -> None:
+    engine, runner = make_engine(block_size=4, enable_prefix_caching=False)
+    family = _family(range(num_prompt_tokens), 3)
+    first = expected_tokens(range(num_prompt_tokens), 1)
+    parent = make_request("parent", range(num_prompt_tokens), NUM_TOKENS, seed=0, stop=(first[0],))
+    (engine.reserve if is_remote else engine.add)(parent)
+    for child in family[1:]:
+        engine.fork(PARENT, child)
+    if is_remote:
+        engine.admit()
+        sequence = engine.sequence(PARENT)
+        assert sequence is not None
+        runner.storage.write(sequence.block_table, 0, range(num_prompt_tokens))
+        assert engine.activate(PARENT, first[0]) is FinishReason.STOP
+    collected = await run_until_idle(engine)
+    assert is_remote or collected.tokens[PARENT] == first
+    _assert_right(collected, family[1:])
+    assert engine.num_used_blocks == 0
+    # What is computed of the prompt is its last token, once for each child.
+    computed = sum(row.start < num_prompt_tokens for batch in runner.batches for row in batch.rows)
+    assert computed == 3 + (not is_remote)
+
+
+async def test_the_prompt_of_a_sample_that_failed_is_not_forked() -> None:
+    engine, runner = make_engine(block_size=4)
+    family = _family(range(10), 2)
+    runner.nan_requests = {PARENT}
+    engine.add(family[0])
+    for child in family[1:]:
+        engine.fork(PARENT, child)
+    collected = await run_until_idle(engine)
+    assert collected.finished[PARENT] == "error"
+    _assert_right(collected, family[1:])
+    assert [row.start for batch in runner.batches for row in batch.rows if len(row.token_ids) == 10][:2] == [
+        0,
+        0,
+    ]
 
 
 async def test_a_fork_can_come_late() -> None:

@@ -1,8 +1,7 @@
 """A sequence that has to give way comes back with the same KV: from host memory, or computed again."""
 
-import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -40,11 +39,7 @@ from baton_cli.compose import count_steps
 BLOCK_BYTES = 16  # of the fake storage with blocks of four tokens
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    logging.disable(logging.ERROR)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def _prompts(seed: int, number: int = 8) -> dict[str, list[int]]:

@@ -2,9 +2,7 @@
 ahead turns out to be for nothing."""
 
 import asyncio
-import logging
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,11 +29,7 @@ from baton.request import Request, RequestId, SamplingParams, TokenBias
 A, B, C = RequestId("a"), RequestId("b"), RequestId("c")
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    logging.disable(logging.ERROR)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def _gated(**settings: int | bool) -> tuple[Engine, FakeRunner]:

@@ -155,9 +155,8 @@ def _resolved(batch: Batch, drawn: tuple[int, ...]) -> Batch:
     def known(token: int) -> int:
         return token if token >= 0 else drawn[-1 - token] if -1 - token < len(drawn) else 0
 
-    return replace(
-        batch, rows=tuple(replace(row, token_ids=tuple(map(known, row.token_ids))) for row in batch.rows)
-    )
+    rows = tuple(row._replace(token_ids=tuple(map(known, row.token_ids))) for row in batch.rows)
+    return replace(batch, rows=rows)
 
 
 @dataclass(frozen=True)

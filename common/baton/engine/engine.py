@@ -361,7 +361,7 @@ class Engine:
 
     def _drop(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
-        self._scheduler.remove(sequence)
+        self._stamped(self._scheduler.remove(sequence))
 
 
 def _num_to_compute(waiting: Sequence) -> int:

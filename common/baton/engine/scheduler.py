@@ -32,6 +32,7 @@ from typing import NamedTuple
 from baton.engine.preemption import Preemption
 from baton.engine.sequence import ScheduledRow, Sequence, SequenceStatus
 from baton.kv.cache_manager import KVCacheManager
+from baton.request import FinishReason
 
 
 class Schedule(NamedTuple):
@@ -111,8 +112,9 @@ class Scheduler:
         self.running.remove(sequence)
         sequence.status = SequenceStatus.HELD
 
-    def remove(self, sequence: Sequence) -> None:
-        """Out of whatever queue it is in; its blocks go back, now or when the steps that write to them have ended."""
+    def remove(self, sequence: Sequence) -> list[Sequence]:
+        """Out of whatever queue it is in; its blocks go back, now or when the steps that write to them have ended.
+        Returns who was admitted in its place."""
         match sequence.status:
             case SequenceStatus.WAITING:
                 self.waiting.remove(sequence)
@@ -121,7 +123,9 @@ class Scheduler:
             case SequenceStatus.RUNNING:
                 self.running.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
+        admitted = self._hand_down(sequence)
         self.ended((sequence,))
+        return admitted
 
     def ended(self, sequences: Iterable[Sequence]) -> None:
         """A step that had rows of them has ended."""
@@ -174,6 +178,19 @@ class Scheduler:
         else:
             self._run(sequence)
         return True
+
+    def _hand_down(self, sequence: Sequence) -> list[Sequence]:
+        """A prompt whose forks still wait outlives the one that goes: the first of them takes its place and shares the
+        prompt's blocks before they are given back; the others are forks of that one from now on."""
+        children = [child for child in self.waiting if child.parent is sequence]
+        if not children or sequence.finish_reason is FinishReason.ERROR or not self._kv.can_fork(sequence):
+            return []
+        heir, *others = children
+        if not self._admit(heir):
+            return []
+        for other in others:
+            other.parent = heir
+        return [heir]
 
     def _take_blocks(self, sequence: Sequence, num_tokens: int, keep_free: int) -> bool:
         parent = sequence.parent
