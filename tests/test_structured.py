@@ -100,6 +100,11 @@ def test_every_answer_to_a_random_schema_validates(llm: LLM) -> None:
         (GrammarKind.REGEX, "(ab)?", "(ab)?"),
         (GrammarKind.CHOICE, '["yes","no","ja \\"ä\\""]', 'yes|no|ja "ä"'),
         (GrammarKind.LARK, 'start: "<" WORD ">"\nWORD: /[xyz]{3}/', "<[xyz]{3}>"),
+        (
+            GrammarKind.LARK,
+            'start: U\nU: H{4} ("-" H~2){2} // "x"\nH: /[0-9a-f]/',
+            "[0-9a-f]{4}(-[0-9a-f]{2}){2}",
+        ),
         (GrammarKind.LARK, 'root ::= "(" [0-9] ")"', r"\(\d\)"),
     ],
     ids=str,
@@ -143,6 +148,25 @@ def test_the_answer_ends_with_the_grammar(llm: LLM) -> None:
         (_json({"items": {"pattern": "a?" * 900}}), "has 1800 characters; at most 1024"),
         (_json({"patternProperties": {"a?" * 900: {}}}), "has 1800 characters; at most 1024"),
         (Grammar(GrammarKind.LARK, "start: A\nA: /" + "a?" * 900 + "/"), "characters; at most 1024"),
+        (
+            Grammar(GrammarKind.LARK, f'start: A\nA: {"B? " * 3000}{"B " * 3000}\nB: "a"'),
+            "terminal A stands for",
+        ),
+        (Grammar(GrammarKind.LARK, 'start: A\nA: B{0,1000} C~1000\nB: "a"\nC: "a"'), "terminal A stands for"),
+        (
+            Grammar(
+                GrammarKind.LARK,
+                "start: A0\n" + "".join(f"A{i}: A{i + 1} A{i + 1}\n" for i in range(14)) + 'A14: "a"?',
+            ),
+            "terminal A0 stands for",
+        ),
+        (
+            Grammar(
+                GrammarKind.LARK,
+                "start: A0\n" + "".join(f"A{i}: A{i + 1}\n" for i in range(3000)) + 'A3000: "a"',
+            ),
+            "terminal A0 stands for",
+        ),
         (Grammar(GrammarKind.REGEX, "(" * 500 + "a" + ")" * 500), "cannot be compiled"),
         (Grammar(GrammarKind.JSON_SCHEMA, "[" * 30_000 + "]" * 30_000), "recursion limit"),
         (_json({"allOf": [{"type": "string", "pattern": f"^.*{c}.*$"} for c in "abcdefghijkl"]}), "empty"),

@@ -18,6 +18,7 @@ import llguidance
 import numpy as np
 
 from baton.engine.detokenizer import TokenText
+from baton.engine.lark_size import largest_terminal
 from baton.engine.sampling_state import Bitmask, Matcher
 from baton.errors import InternalError, InvalidRequest
 from baton.request import Grammar, GrammarKind
@@ -94,6 +95,7 @@ class Grammars:
                 "allowed (many fixed answers are a choice)",
                 param="grammar",
             )
+        _check_terminals(grammar)
         tokens = self._tokens
         try:
             source = llguidance.grammar_from(FORMATS[grammar.kind], grammar.source)  # type: ignore[arg-type]
@@ -117,6 +119,16 @@ class Grammars:
         eos = list(tokenizer.eos_token_ids) or [self._vocab_size]
         return llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(_Tokens(tokenizer, self._vocab_size + 1, eos[0])), eos_token=eos
+        )
+
+
+def _check_terminals(grammar: Grammar) -> None:
+    name, size = largest_terminal(grammar.source) if grammar.kind is GrammarKind.LARK else ("", 0)
+    if size > MAX_REGEX_CHARS:
+        raise InvalidRequest(
+            f"the terminal {name} stands for a regular expression of more than {MAX_REGEX_CHARS} characters; make it a "
+            "rule (a name in lower case), or write a long repetition inside a /regular expression/",
+            param="grammar",
         )
 
 
