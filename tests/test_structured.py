@@ -142,6 +142,7 @@ def test_the_answer_ends_with_the_grammar(llm: LLM) -> None:
         (_json({"type": "colour"}), "colour"),
         (_json({"not": {"type": "null"}}), "not"),
         (Grammar(GrammarKind.LARK, "start: nothing"), "nothing"),
+        (Grammar(GrammarKind.LARK, 'start: A\nA: "a"{,}'), "cannot be"),
         (Grammar(GrammarKind.LARK, "a" * (MAX_SOURCE_CHARS + 1)), "characters"),
         # Each of these would hold the engine up for minutes, or takes more memory or stack than there is.
         (Grammar(GrammarKind.REGEX, "a?" * 3000 + "a" * 3000), "has 9000 characters; at most 1024"),

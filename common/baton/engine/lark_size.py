@@ -48,6 +48,6 @@ def _size(name: str, bodies: dict[str, str], sizes: dict[str, int], depth: int) 
                     inner = sum(groups.pop())
                     groups[-1].append(inner)
                 case "repeat" if groups[-1]:
-                    groups[-1][-1] *= max(1, *map(int, re.findall(r"\d+", part[0])))
+                    groups[-1][-1] *= max([1, *map(int, re.findall(r"\d+", part[0]))])
         sizes[name] = min(TOO_LARGE, sum(map(sum, groups)))
     return sizes[name]
