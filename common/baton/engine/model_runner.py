@@ -29,6 +29,7 @@ from baton.model.attention import Chunk, StepAttention
 from baton.model.fuse import fuse
 from baton.model.layers import LayerSpec, kv_layout, paged_layers, plain_layers
 from baton.model.step import load_native, on_kernels, planner_for, with_graphs
+from baton.model.trim import trimmed
 from baton.model_files import resolve_model
 from baton.tokenizer import load_tokenizer
 from baton.transfer.wire import VERSIONS
@@ -261,6 +262,8 @@ def load_runner(
     if is_fast:
         fuse(module, native, int8=engine.quantization == "int8")
     layers = loader.learn_layers(module, config, max_model_len)
+    if not engine.bit_exact:
+        module = trimmed(module, len(layers))
     layout = kv_layout(layers, engine.block_size, dtype)
     num_blocks = pool_size.num_blocks(engine, layout, memory.measured(device), model.max_model_len)
     storage = KVStorage(layout, num_blocks, device, fill_nan=fill_nan)
