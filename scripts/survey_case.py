@@ -129,6 +129,8 @@ def survey(model_type: str) -> dict[str, str]:
         return _verdict("refused", STATEFUL)
     try:
         model = _random_model(small_config(model_type))
+    except ImportError:  # which one is missing first depends on what else is installed
+        return _verdict("failed", "no small one: it needs libraries that Baton does not install")
     except Exception as error:
         return _verdict("failed", f"no small one: {_said(error)}")
     with tempfile.TemporaryDirectory() as directory:

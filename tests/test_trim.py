@@ -32,7 +32,7 @@ class _Untrimmed(nn.Module):
 
     def __init__(self, new: TrimmedModel) -> None:
         super().__init__()
-        self.forward = new._model.forward
+        self.forward = new.model.forward
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -27,18 +27,19 @@ _SAMPLE_WANTED: tuple[list[int], ...] = ([4], [3, 0], [])
 class TrimmedModel(nn.Module):
     """In place of the model: logits of the wanted tokens only, however its code takes them."""
 
-    def __init__(self, model: nn.Module, last: "_LastLayer") -> None:
+    def __init__(self, model: Any, last: "_LastLayer") -> None:
         super().__init__()
-        self._model = model
+        self.model = model
+        self.config = model.config
         self._last = last
 
     def forward(self, *, input_ids: Tensor, logits_to_keep: Tensor, **others: Any) -> Any:
         """input_ids [1, T]; logits_to_keep: indices of the wanted tokens."""
         if len(logits_to_keep) == input_ids.shape[1]:
-            return self._model(input_ids=input_ids, logits_to_keep=logits_to_keep, **others)
+            return self.model(input_ids=input_ids, logits_to_keep=logits_to_keep, **others)
         self._last.wanted = logits_to_keep
         try:
-            return self._model(input_ids=input_ids, logits_to_keep=0, **others)
+            return self.model(input_ids=input_ids, logits_to_keep=0, **others)
         finally:
             self._last.wanted = None
 
