@@ -50,7 +50,7 @@ def trimmed(model: nn.Module, num_layers: int) -> nn.Module:
     if layer is None:
         return model
     last = _LastLayer(layer)
-    layer.forward = last  # type: ignore[assignment]
+    layer.forward = last
     new = TrimmedModel(model, last)
     if _agrees(new, model, next(model.parameters()).device):
         return new
