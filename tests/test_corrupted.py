@@ -18,8 +18,8 @@ from baton.llm import LLM
 from baton.messages import Role
 from baton.request import Request, RequestId, SamplingParams
 from baton.rpc import InprocRpcNetwork
-from baton.telemetry import WorkerMetrics
 from baton.transfer.choose import make_transport
+from baton.worker_metrics import WorkerMetrics
 from baton_cli.compose import count_steps
 from baton_loadtest.local_fleet import LocalFleet
 
@@ -55,7 +55,7 @@ async def test_through_a_fleet(directory: Path, roles: tuple[tuple[Role, ...], .
             wire = make_transport("tcp", clock, "127.0.0.1")
             name = fleet.next_name(role[0])
             await fleet.start_worker(name, role, loaded.runner, wire, loaded.fingerprint)
-            count_steps(fleet.workers[name].worker, metrics)
+            count_steps(fleet.workers[name].worker, metrics, clock)
         await fleet.ready()
         prompts[1] = (*prompts[1][:30], POISON, *prompts[1][30:])
         asked = [fleet.ask(Request(RequestId(str(i)), prompt, GREEDY)) for i, prompt in enumerate(prompts)]

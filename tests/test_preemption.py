@@ -33,7 +33,7 @@ from baton.kv.cache_manager import KVCacheManager
 from baton.kv.offload import HostBlocks
 from baton.messages import Purpose
 from baton.request import BlockId, Request, RequestId, SamplingParams
-from baton.telemetry import WorkerMetrics
+from baton.worker_metrics import WorkerMetrics
 from baton_cli.compose import count_steps
 
 BLOCK_BYTES = 16  # of the fake storage with blocks of four tokens
@@ -239,7 +239,7 @@ async def test_pressure_is_told_as_metrics() -> None:
 
     engine, runner = make_engine(num_blocks=6, swap_space_bytes=3 * BLOCK_BYTES)
     registry, worker = CollectorRegistry(), OneEngine(engine)
-    count_steps(cast(Worker, worker), WorkerMetrics(registry))
+    count_steps(cast(Worker, worker), WorkerMetrics(registry), VirtualClock())
     engine.add(make_request("a", range(7), 16))
     engine.add(make_request("b", range(30, 37), 16))
     runner.room = 6

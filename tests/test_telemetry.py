@@ -13,8 +13,9 @@ from baton.config import LogConfig
 from baton.errors import ConfigError
 from baton.messages import Load, Purpose
 from baton.pair_metrics import MAX_PEERS
-from baton.telemetry import WorkerMetrics, configure_logging, event, serve_metrics, wants_color
+from baton.telemetry import configure_logging, event, wants_color
 from baton.transfer.report import TransferReport
+from baton.worker_metrics import WorkerMetrics, serve_metrics
 
 
 @pytest.fixture(autouse=True)

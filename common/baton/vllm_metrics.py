@@ -81,6 +81,15 @@ class WorkerVllmNames(VllmNames):
         "prefix_cache_queries": Source("baton_prefix_cache_queries"),
         "prefix_cache_hits": Source("baton_prefix_cache_hits"),
         "num_preemptions": Source("baton_preemptions", without("kind")),
+        # Sequences whose KV is on its way have their blocks, and count as running.
+        "num_requests_waiting_by_reason": Source(
+            "baton_requests", lambda labels: {"reason": "capacity"} if labels["state"] == "waiting" else None
+        ),
+        "corrupted_requests": Source("baton_corrupted_requests"),
+        "iteration_tokens_total": Source("baton_step_tokens"),
+        # Of each prompt on the worker that computed it.
+        "request_queue_time_seconds": Source("baton_prompt_queue_seconds"),
+        "request_prefill_time_seconds": Source("baton_prompt_compute_seconds"),
         "cache_config_info": Source(
             "baton_cache_config_info",
             lambda labels: {"block_size": labels["block_size"], "num_gpu_blocks": labels["num_blocks"]},
@@ -95,9 +104,14 @@ class RouterVllmNames(VllmNames):
         "kv_cache_usage_perc": Source("baton_router_kv_cache_usage_ratio"),
         "prompt_tokens": Source("baton_router_prompt_tokens"),
         "generation_tokens": Source("baton_router_generation_tokens"),
+        "prompt_tokens_cached": Source("baton_router_prompt_tokens_cached"),
         "request_success": Source("baton_router_request_success"),
         "request_prompt_tokens": Source("baton_router_request_prompt_tokens"),
         "request_generation_tokens": Source("baton_router_request_generation_tokens"),
+        "request_max_num_generation_tokens": Source("baton_router_request_longest_choice_tokens"),
+        "request_params_n": Source("baton_router_request_n"),
+        "request_params_max_tokens": Source("baton_router_request_max_tokens"),
+        "request_decode_time_seconds": Source("baton_router_decode_seconds"),
         "time_to_first_token_seconds": Source("baton_router_time_to_first_token_seconds"),
         # Observed per request, as its mean between tokens, not per token.
         "inter_token_latency_seconds": Source("baton_router_inter_token_latency_seconds"),

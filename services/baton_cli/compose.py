@@ -31,11 +31,12 @@ from baton.messages import Role, WorkerRecord
 from baton.otel import tracing
 from baton.request import WorkerId
 from baton.rpc import GrpcRpc, Handlers
-from baton.telemetry import WorkerMetrics, event, serve_metrics
+from baton.telemetry import event
 from baton.transfer.base import Transport
 from baton.transfer.choose import make_transport
 from baton.transfer.tls import load_tls
 from baton.vllm_metrics import WorkerVllmNames
+from baton.worker_metrics import WorkerMetrics, serve_metrics
 from baton_decode.service import DecodeService
 from baton_prefill.service import PrefillService
 
@@ -98,7 +99,7 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
         metrics.set_transports(transport.names)
         metrics.set_cache_config(block_size=worker.record.block_size, num_blocks=worker.record.num_blocks)
         registry.register(WorkerVllmNames(registry, _served_name(config), worker.record.worker_id))
-        metrics_port = await closing.enter_async_context(_metrics(config, worker, metrics, registry))
+        metrics_port = await closing.enter_async_context(_metrics(config, worker, metrics, registry, clock))
         event(log, "KV comes in over", transports=transport.name, address=kv_address)
         tune_garbage_collector()
         await worker.serve(
@@ -163,10 +164,14 @@ def _shown(record: WorkerRecord, metrics_port: int | None) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def _metrics(
-    config: WorkerConfig, worker: Worker, metrics: WorkerMetrics, registry: CollectorRegistry
+    config: WorkerConfig,
+    worker: Worker,
+    metrics: WorkerMetrics,
+    registry: CollectorRegistry,
+    clock: Clock,
 ) -> AsyncIterator[int | None]:
     """Counts the engine's steps; serves the registry over HTTP if a port is configured."""
-    count_steps(worker, metrics)
+    count_steps(worker, metrics, clock)
     if config.metrics_port is None:
         yield None
     else:
@@ -174,7 +179,7 @@ async def _metrics(
             yield port
 
 
-def count_steps(worker: Worker, metrics: WorkerMetrics) -> None:
+def count_steps(worker: Worker, metrics: WorkerMetrics, clock: Clock) -> None:
     seen = Pressure()
 
     def on_step(output: StepOutput) -> None:
@@ -194,6 +199,10 @@ def count_steps(worker: Worker, metrics: WorkerMetrics) -> None:
             )
             seen = pressure
         metrics.count_corrupted(sum(row.corrupted for row in output.outputs))
+        for prompt in (row.prompt for row in output.outputs if row.prompt is not None):
+            metrics.observe_prompt(
+                queue_s=prompt.admitted_s - prompt.arrival_s, compute_s=clock.now() - prompt.admitted_s
+            )
         if output.num_tokens:
             num_output = sum(len(row.token_ids) for row in output.outputs)
             metrics.observe_step(

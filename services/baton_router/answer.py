@@ -90,6 +90,11 @@ class OpenAnswers:
             mean_itl_s=answer.mean_itl_s,
             e2e_s=answer.e2e_s,
             finish_reason=answer.choices[0].finish_reason,
+            num_cached_tokens=answer.num_cached_tokens,
+        )
+        sampling = answer.request.sampling
+        self._metrics.observe_shape(
+            n=sampling.n, max_tokens=sampling.max_tokens, num_longest_tokens=answer.num_longest_tokens
         )
         answer.span.set(_result_attributes(answer))
         answer.span.end(self.clock.now(), "" if answer.status == 200 else str(answer.status))
@@ -310,6 +315,10 @@ class Answer:
         return sum([choice.num_output_tokens for choice in self.choices])
 
     @property
+    def num_longest_tokens(self) -> int:
+        return max(choice.num_output_tokens for choice in self.choices)
+
+    @property
     def num_cached_tokens(self) -> int:
         record = self._open.generator.record(self.request.request_id)
         return max(record.num_cached_tokens_prefill, record.num_cached_tokens_decode) if record else 0
@@ -321,7 +330,7 @@ class Answer:
     @property
     def mean_itl_s(self) -> float | None:
         """Of the longest choice."""
-        num_tokens = max(choice.num_output_tokens for choice in self.choices)
+        num_tokens = self.num_longest_tokens
         if self._first_token_s is None or self._finished_s is None or num_tokens < 2:
             return None
         return (self._finished_s - self._first_token_s) / (num_tokens - 1)

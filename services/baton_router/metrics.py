@@ -13,6 +13,7 @@ from baton_router.fleet_view import FleetView, transports_in_use
 TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0)
 ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0)
 E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+N_BUCKETS = (1, 2, 5, 10, 20)
 PROBES = ("/ready",)  # whose 503 is no refusal
 LENGTH_BUCKETS = (
     1,
@@ -54,6 +55,7 @@ class RouterMetrics:
         self._ttft = self._histogram("time_to_first_token", "Arrival to first token.", TTFT_BUCKETS_S)
         self._itl = self._histogram("inter_token_latency", "A request's mean between tokens.", ITL_BUCKETS_S)
         self._e2e = self._histogram("e2e_request_latency", "Arrival to last token.", E2E_BUCKETS_S)
+        self._decode = self._histogram("decode", "First token to last, of finished answers.", E2E_BUCKETS_S)
         self._prompt_tokens = Counter("baton_router_prompt_tokens", "Prompt tokens.", registry=registry)
         self._generation_tokens = Counter(
             "baton_router_generation_tokens", "Generated tokens.", registry=registry
@@ -66,15 +68,16 @@ class RouterMetrics:
         )
         for reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._successes.labels(reason.value)  # 0 is news too
-        self._prompt_lengths = Histogram(
-            "baton_router_request_prompt_tokens", "Per request.", buckets=LENGTH_BUCKETS, registry=registry
-        )
-        self._output_lengths = Histogram(
-            "baton_router_request_generation_tokens",
-            "Per request.",
-            buckets=LENGTH_BUCKETS,
+        self._cached_tokens = Counter(
+            "baton_router_prompt_tokens_cached",
+            "Prompt tokens that a worker held already.",
             registry=registry,
         )
+        self._prompt_lengths = self._sizes("prompt_tokens", "Per request.")
+        self._output_lengths = self._sizes("generation_tokens", "Per request, of all its choices.")
+        self._longest = self._sizes("longest_choice_tokens", "Of a request's longest choice.")
+        self._max_tokens = self._sizes("max_tokens", "The parameter max_tokens, or its default.")
+        self._n = self._sizes("n", "The parameter n.", N_BUCKETS)
         self._waiting = Gauge(
             "baton_router_num_requests_waiting", "Requests that wait in a decode worker.", registry=registry
         )
@@ -99,6 +102,9 @@ class RouterMetrics:
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(f"baton_router_{name}_seconds", text, buckets=buckets, registry=self.registry)
 
+    def _sizes(self, name: str, text: str, buckets: Sequence[float] = LENGTH_BUCKETS) -> Histogram:
+        return Histogram(f"baton_router_request_{name}", text, buckets=buckets, registry=self.registry)
+
     def count(self, endpoint: str, status: int) -> None:
         self._requests.labels(endpoint, str(status)).inc()
         if status == Unavailable.status and endpoint not in PROBES:
@@ -113,10 +119,14 @@ class RouterMetrics:
         mean_itl_s: float | None,
         e2e_s: float | None,
         finish_reason: FinishReason | None = None,
+        num_cached_tokens: int = 0,
     ) -> None:
         """`e2e_s` of a finished request only; what was not reached is None."""
         self._prompt_lengths.observe(num_prompt_tokens)
         self._output_lengths.observe(num_output_tokens)
+        self._cached_tokens.inc(num_cached_tokens)
+        if e2e_s is not None and ttft_s is not None:
+            self._decode.observe(e2e_s - ttft_s)
         if e2e_s is not None and finish_reason is not None:
             self._successes.labels(finish_reason.value).inc()
         self._prompt_tokens.inc(num_prompt_tokens)
@@ -124,6 +134,12 @@ class RouterMetrics:
         for histogram, seconds in ((self._ttft, ttft_s), (self._itl, mean_itl_s), (self._e2e, e2e_s)):
             if seconds is not None:
                 histogram.observe(seconds)
+
+    def observe_shape(self, *, n: int, max_tokens: int, num_longest_tokens: int) -> None:
+        """What a request asked for, and its longest choice."""
+        self._n.observe(n)
+        self._longest.observe(num_longest_tokens)
+        self._max_tokens.observe(max_tokens)
 
     def observe_fleet(self, fleet: FleetView) -> None:
         """Called when somebody reads the metrics."""

@@ -47,8 +47,8 @@ import baton.rpc.grpc
 import baton_router.app
 from baton.config import RouterConfig, WorkerConfig
 from baton.settings import env_name, load, load_log
-from baton.telemetry import WorkerMetrics
 from baton.vllm_metrics import RouterVllmNames
+from baton.worker_metrics import WorkerMetrics
 from baton_cli.main import app
 from baton_router.metrics import RouterMetrics
 from baton_router.openai import schema as openai

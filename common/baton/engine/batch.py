@@ -109,6 +109,13 @@ class ModelRunner(Protocol):
     async def aclose(self) -> None: ...
 
 
+class PromptTimes(NamedTuple):
+    """Of a prompt that was computed here, on the engine's clock."""
+
+    arrival_s: float
+    admitted_s: float
+
+
 class SequenceOutput(NamedTuple):
     """What a step did for one sequence. `token_ids` are new ones, the first of them the `first_index`-th generated."""
 
@@ -121,6 +128,7 @@ class SequenceOutput(NamedTuple):
     corrupted: bool = False  # it is because the model's logits were no numbers
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token where the request asked for them
     prompt_logprobs: PromptLogprobs | None = None  # with the first token, where the request asked for them
+    prompt: PromptTimes | None = None  # with the first token
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from baton.engine.batch import SequenceOutput
+from baton.engine.batch import PromptTimes, SequenceOutput
 from baton.engine.scheduler import Scheduler
 from baton.engine.sequence import Sequence
 from baton.engine.steps import EndedStep
@@ -58,6 +58,7 @@ class Outcomes:
             elif sequence.finished:
                 self._drop(sequence)
         new_tokens = () if token is None else (token,)
+        is_first = token is not None and first_index == 0
         return SequenceOutput(
             sequence.request_id,
             num_computed_tokens,
@@ -66,6 +67,7 @@ class Outcomes:
             sequence.finish_reason,
             logprobs=_logprobs(sequence) if new_tokens else (),
             prompt_logprobs=prompt_logprobs,
+            prompt=PromptTimes(sequence.arrival_s, sequence.admitted_s) if is_first else None,
         )
 
     def _fail(self, sequence: Sequence, error: str, *, corrupted: bool = False) -> SequenceOutput:
