@@ -1,5 +1,5 @@
-"""A worker's metrics, in a registry that is passed in, and the server that gives them out. Counted per step, per request
-and per hand-over, never per token."""
+"""A worker's metrics, in a registry that is passed in, and the server that gives them out. Counted per step, per
+request and per hand-over, never per token."""
 
 import asyncio
 import contextlib
