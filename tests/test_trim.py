@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from reference import KINDS, make_model
-from torch import nn
 
 from baton.config import EngineConfig, ModelConfig
 from baton.engine.batch import Batch, BatchRow
 from baton.engine.model_runner import TorchModelRunner, load_runner
 from baton.model import loader
+from baton.model.attention import Echo
 from baton.model.trim import TrimmedModel, trimmed
 from baton.request import BlockId, RequestId, SamplingParams
 
@@ -25,14 +25,6 @@ def _runner(directory: Path, dtype: str) -> TorchModelRunner:
 
 def _row(tokens: range, blocks: range, *, start: int = 0, sample: bool = True) -> BatchRow:
     return BatchRow(RequestId("r"), start, tuple(tokens), tuple(map(BlockId, blocks)), sample, GREEDY)
-
-
-class _Untrimmed(nn.Module):
-    """The model as transformers has it."""
-
-    def __init__(self, new: TrimmedModel) -> None:
-        super().__init__()
-        self.forward = new.model.forward
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -50,7 +42,7 @@ async def test_logits_and_kv_of_whole_models(kind: str, dtype: str, tmp_path: Pa
     ))  # fmt: skip
     results = []
     untouched = runner.storage.data.clone()
-    for each in (model, _Untrimmed(model)):
+    for each in (model, model.model):
         runner._model = each
         logits = []
         for batch in (first, second):
@@ -94,13 +86,7 @@ def test_a_step_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     new = trimmed(model, 2)
     ids = torch.arange(4)[None]
     with pytest.raises(IndexError):
-        new(input_ids=ids, position_ids=ids, logits_to_keep=torch.tensor([9]), baton_batch=_Itself())
+        new(input_ids=ids, position_ids=ids, logits_to_keep=torch.tensor([9]), baton_batch=Echo())
     assert (
-        new(input_ids=ids, position_ids=ids, logits_to_keep=ids[0], baton_batch=_Itself()).logits.shape[1]
-        == 4
+        new(input_ids=ids, position_ids=ids, logits_to_keep=ids[0], baton_batch=Echo()).logits.shape[1] == 4
     )
-
-
-class _Itself:
-    def attend(self, module: Any, query: Any, key: Any, value: Any, options: Any) -> Any:
-        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)

@@ -121,7 +121,7 @@ class Engine:
         last: the sequence is gone then. Raises InvalidRequest, without effect, when there is no such
         reservation."""
         sequence = self._reserved(request_id, first_token)
-        self._kv.commit(sequence, sequence.request.num_prompt_tokens)
+        self._kv.commit(sequence, sequence.num_prompt_tokens)
         sequence.append(first_token)
         return self._start(sequence)
 
@@ -322,7 +322,7 @@ class Engine:
         admitted = list(admitted)
         for sequence in admitted:
             if not sequence.admitted_s:  # else it had to give way in between
-                self.num_prefix_query_tokens += sequence.request.num_prompt_tokens
+                self.num_prefix_query_tokens += sequence.num_prompt_tokens
                 self.num_prefix_hit_tokens += sequence.num_cached_tokens
             sequence.admitted_s = self._clock.now()
         return [sequence.request_id for sequence in admitted if sequence.remote]

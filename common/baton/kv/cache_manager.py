@@ -95,7 +95,7 @@ class KVCacheManager:
             sequence.block_table.extend(hits)
             num_hit_tokens = len(hits) * self.block_size
             sequence.num_computed_tokens = max(num_hit_tokens, sequence.num_computed_tokens)
-            sequence.num_cached_tokens = min(num_hit_tokens, sequence.request.num_prompt_tokens)
+            sequence.num_cached_tokens = min(num_hit_tokens, sequence.num_prompt_tokens)
         sequence.block_table.extend(self._pool.allocate(num_new))
         self._owners[sequence] = None
         if sequence.host_blocks:
@@ -127,11 +127,11 @@ class KVCacheManager:
 
     def can_fork(self, parent: Sequence) -> bool:
         """Its whole prompt is in its blocks."""
-        return bool(parent.block_table) and parent.num_computed_tokens >= parent.request.num_prompt_tokens
+        return bool(parent.block_table) and parent.num_computed_tokens >= parent.num_prompt_tokens
 
     def fork(self, sequence: Sequence, parent: Sequence, num_tokens: int, *, keep_free: int = 0) -> bool:
         """Like `allocate` of a sequence without blocks, with the parent's prompt as its prefix."""
-        num_shared, num_to_copy = divmod(sequence.request.num_prompt_tokens - 1, self.block_size)
+        num_shared, num_to_copy = divmod(sequence.num_prompt_tokens - 1, self.block_size)
         num_new = num_blocks_for(num_tokens, self.block_size) - num_shared
         if num_new > max(0, self._pool.num_free - keep_free):
             return False
@@ -144,7 +144,7 @@ class KVCacheManager:
             self._pool.touch(sequence.block_copy.source)
         sequence.block_table.extend((*shared, *own))
         sequence.block_hashes = parent.block_hashes[:num_shared]
-        sequence.num_computed_tokens = sequence.num_cached_tokens = sequence.request.num_prompt_tokens - 1
+        sequence.num_computed_tokens = sequence.num_cached_tokens = sequence.num_prompt_tokens - 1
         self._owners[sequence] = None
         return True
 

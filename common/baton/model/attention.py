@@ -38,6 +38,15 @@ class Attend(Protocol):
         ...
 
 
+class Echo:
+    """Implements Attend without any KV: every token sees itself. What a model is tried out with at load."""
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Options
+    ) -> Tensor:
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+
+
 class PagedLayer(NamedTuple):
     kv: int  # layer of the pool
     k_cache: Tensor  # see baton_kernels.naive

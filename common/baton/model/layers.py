@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from baton.errors import ConfigError
 from baton.kv.layout import KVLayout, LayerLayout
 from baton.kv.storage import DTYPES, KVStorage
-from baton.model.attention import Options, PagedLayer
+from baton.model.attention import Echo, Options, PagedLayer
 from baton.model.mla import latent_of
 from baton_kernels.naive import Window
 
@@ -92,8 +92,8 @@ def paged_layers(layers: tuple[LayerSpec, ...], storage: KVStorage) -> tuple[Pag
     )
 
 
-class _Probe:
-    """Implements Attend: notes what the layers ask for, answers with their values."""
+class _Probe(Echo):
+    """Notes what the layers ask for, and answers with their values."""
 
     def __init__(self, windows: tuple[Window | None, ...], max_model_len: int) -> None:
         self.specs: dict[int, LayerSpec] = {}
@@ -109,7 +109,7 @@ class _Probe:
         _refuse_options(module, options)
         v_dim = 0 if latent_of(module) else value.shape[2]
         self.specs[index] = self._spec(index, key, v_dim, options.sliding_window)
-        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        return super().attend(module, query, key, value, options)
 
     def _index(self, module: nn.Module, query: Tensor, key: Tensor) -> int:
         index = getattr(module, "layer_idx", None)

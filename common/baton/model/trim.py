@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baton.model.attention import Options
+from baton.model.attention import Echo
 from baton.model.packed import close
 
 _log = logging.getLogger(__name__)
@@ -85,20 +85,11 @@ def _last_layer(model: nn.Module, num_layers: int) -> nn.Module | None:
     return None
 
 
-class _Echo:
-    """Implements Attend: every token sees itself."""
-
-    def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Options
-    ) -> Tensor:
-        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-
-
 @torch.inference_mode()
 def _agrees(new: nn.Module, model: nn.Module, device: torch.device) -> bool:
     """On tokens 0, 1, 0, 1, ... What the code of another model does with fewer tokens is its own affair."""
     positions = torch.arange(_SAMPLE, device=device)[None]
-    call = {"input_ids": positions % 2, "position_ids": positions, "use_cache": False, "baton_batch": _Echo()}
+    call = {"input_ids": positions % 2, "position_ids": positions, "use_cache": False, "baton_batch": Echo()}
     try:
         return all(
             _same(*(one(**call, logits_to_keep=wanted).logits for one in (new, model)))
