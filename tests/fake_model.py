@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 
-from baton.clock import SystemClock
+from baton.clock import Clock, SystemClock
 from baton.config import EngineConfig
 from baton.engine.batch import Batch, BatchRow, StepOutput
 from baton.engine.engine import Engine
@@ -136,11 +136,13 @@ def make_engine(
     *,
     max_model_len: int = 10_000,
     ahead: bool = True,
+    clock: Clock | None = None,
     **settings: int | bool,
 ) -> tuple[Engine, FakeRunner]:
+    """`clock`: None is the system's."""
     runner = FakeRunner(num_blocks, block_size, max_model_len, ahead=ahead)
     config = EngineConfig(**{"max_num_seqs": 16, "max_num_batched_tokens": 64, **settings})  # type: ignore[arg-type]
-    return Engine(config, runner, SystemClock(), "fake"), runner
+    return Engine(config, runner, clock or SystemClock(), "fake"), runner
 
 
 def make_request(
