@@ -30,7 +30,9 @@ ENGINE = EngineConfig(num_blocks=256, max_num_batched_tokens=64)
 
 
 @asynccontextmanager
-async def fleet_of(transport: str, *roles: tuple[Role, ...]) -> AsyncIterator[LocalFleet]:
+async def fleet_of(
+    transport: str, *roles: tuple[Role, ...], wire_versions: dict[Role, tuple[int, ...]] | None = None
+) -> AsyncIterator[LocalFleet]:
     clock = SystemClock()
     fleet = LocalFleet(
         clock,
@@ -46,7 +48,10 @@ async def fleet_of(transport: str, *roles: tuple[Role, ...]) -> AsyncIterator[Lo
         for role in roles:
             loaded = load_runner(ModelConfig(model="demo", dtype="float32"), ENGINE, fill_nan=True)
             wire = make_transport(transport, clock, "127.0.0.1")
-            await fleet.start_worker(fleet.next_name(role[0]), role, loaded.runner, wire, loaded.fingerprint)
+            versions = (wire_versions or {}).get(role[0], loaded.compatibility.wire_versions)
+            compatibility = replace(loaded.compatibility, wire_versions=versions)
+            name = fleet.next_name(role[0])
+            await fleet.start_worker(name, role, loaded.runner, wire, loaded.fingerprint, compatibility)
         await fleet.ready()
         yield fleet
 
@@ -136,6 +141,28 @@ async def test_pieces_that_only_renew_the_lease_go_over_every_transport(
             "sent": ("ok", len(opened)),
             "received": ("ok", len(opened)),
         }
+
+
+@pytest.mark.parametrize(("receiver_reads", "spoken"), [((2,), 2), ((3, 2), 3)])
+async def test_a_new_release_speaks_the_old_wire_version_to_an_old_receiver(
+    receiver_reads: tuple[int, ...], spoken: int, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("baton.transfer.wire.VERSIONS", (2, 3))
+    versions = {Role.PREFILL: (2, 3), Role.DECODE: receiver_reads}
+    async with fleet_of("tcp", *PAIR, wire_versions=versions) as fleet:
+        _, decode = workers(fleet)
+        seen: set[int] = set()
+        open_piece = decode.receiver.open
+
+        def open_and_note(header: PieceHeader) -> Sequence[memoryview]:
+            seen.add(header.version)
+            return open_piece(header)
+
+        decode.receiver.open = open_and_note  # type: ignore[method-assign]
+        request, expected = question(tokenizer, 1)
+        assert answer(tokenizer, await fleet.ask(request)) == expected
+        assert seen == {spoken}
+        await given_back(fleet)
 
 
 async def given_back(fleet: LocalFleet) -> bool:

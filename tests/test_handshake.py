@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from router_parts import ScriptedFleet, worker
 
+from baton.errors import TransferError
 from baton.messages import Compatibility, Role, WorkerRecord
 from baton.transfer import framing
-from baton.transfer.handshake import Kind, decide
+from baton.transfer.handshake import Kind, decide, wire_version
 from baton.transfer.wire import VERSIONS
 from baton_router.fleet_view import readiness
 
@@ -88,8 +89,12 @@ def test_revisions_count_where_both_are_known() -> None:
 def test_a_pair_speaks_the_highest_wire_version_that_both_have() -> None:
     """Release N next to N - 1."""
     new, old = party("p", Role.PREFILL, wire_versions=(3, 2)), party("d", Role.DECODE, wire_versions=(2, 1))
-    assert decide(new, old).wire_version == decide(old, new).wire_version == 2
-    assert decide(new, new).wire_version == 3
+    assert decide(new, old).kind is decide(old, new).kind is Kind.EQUAL
+    ours, theirs = new.compatibility.wire_versions, old.compatibility.wire_versions
+    assert wire_version(ours, theirs) == wire_version(theirs, ours) == 2
+    assert wire_version(ours, ours) == 3
+    with pytest.raises(TransferError, match="3, 2 and 1 have none in common"):
+        wire_version(ours, (1,))
     assert Compatibility().wire_versions == VERSIONS
 
 

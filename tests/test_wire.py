@@ -31,10 +31,10 @@ from baton.handover.receive import Receiver
 from baton.kv.layout import KVLayout, LayerLayout
 from baton.kv.storage import KVStorage
 from baton.request import BlockId, RequestId
-from baton.transfer import adapt
+from baton.transfer import adapt, wire
 from baton.transfer.digest import Digester, token_digests
 from baton.transfer.session import State
-from baton.transfer.wire import DTYPES, FIXED_BYTES, PieceHeader
+from baton.transfer.wire import DTYPES, FIXED_BYTES, VERSION, PieceHeader
 
 NUM_TOKENS = 147  # two blocks of 64 and a rest that is no multiple of anything
 BLOCK_SIZES = (16, 32, 64)
@@ -282,6 +282,24 @@ def test_a_header_is_what_the_documentation_says_byte_by_byte() -> None:
     assert struct.unpack_from("<IIIQqHH", data, 28) == (5, 6, 12, 7, -9, 2, 2)
     assert data[60:] == "ü".encode() + b"dd"
     assert PieceHeader.decode(data) == header
+
+
+def test_a_header_is_written_in_the_version_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release that has two of them next to one that has the older alone."""
+    old = PieceHeader(RequestId("r"), 0, 0, 0, 1, 0, 1, 0)
+    new = replace(old, version=VERSION + 1)
+    with pytest.raises(
+        TransferError, match=f"to be sent in wire version {VERSION + 1}, this worker speaks {VERSION}"
+    ):
+        new.encode()
+    with monkeypatch.context() as upgraded:
+        upgraded.setattr(wire, "VERSIONS", (VERSION, VERSION + 1))
+        data = new.encode()
+        assert PieceHeader.decode(data) == new
+        assert PieceHeader.decode(old.encode()) == old
+    assert PieceHeader.decode(old.encode()) == old
+    with pytest.raises(TransferError, match=f"comes in wire version {VERSION + 1}"):
+        PieceHeader.decode(data)
 
 
 @settings(max_examples=300, deadline=None)

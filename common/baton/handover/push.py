@@ -19,9 +19,10 @@ from baton.handover.outgoing import Outgoing, Span
 from baton.kv.layout import Storage
 from baton.messages import Ticket
 from baton.request import BlockId, Request
-from baton.transfer import adapt
+from baton.transfer import adapt, wire
 from baton.transfer.base import MAX_IN_FLIGHT, Connection, Transport
 from baton.transfer.digest import Digester, is_mismatch
+from baton.transfer.handshake import wire_version
 from baton.transfer.report import Outcome, TransferReport
 from baton.transfer.session import Sending
 from baton.transfer.wire import PieceHeader
@@ -62,7 +63,8 @@ class Push:
         piece_bytes: int,
         timeout_s: float,
     ) -> None:
-        """`identity` names the model in digests, on both sides the same."""
+        """`identity` names the model in digests, on both sides the same. Raises TransferError when the receiver
+        reads no wire version that this worker writes."""
         self.num_bytes = 0  # that were acknowledged
         self.num_pieces = 0  # likewise
         self.wire = BusyTime(clock)
@@ -70,6 +72,7 @@ class Push:
         self.sending = Sending()
         self.ticket = ticket
         self._about = about(request)
+        self._wire_version = wire_version(wire.VERSIONS, ticket.compatibility.wire_versions)
         self._num_tokens = request.num_prompt_tokens
         self._storage = storage
         self._clock = clock
@@ -177,6 +180,7 @@ class Push:
             dtype=layout.dtype,
             shard=layout.shard,
             num_shards=layout.num_shards,
+            version=self._wire_version,
         )
         return replace(header, num_bytes=adapt.payload_bytes(layout, header))
 

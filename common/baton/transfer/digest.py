@@ -9,7 +9,9 @@
 3  block digest  Of UNIT tokens, whatever the pools' own blocks are: the sum of its token digests next to the prefix
                  hash, which is the sum of mix(t * A + token) over all tokens of the prompt up to its end.
 4  piece digest  XXH3-128 over the model's identity, the header (wire version, epoch, layers, heads, dtype and all else
-                 it says) and the block digests. This one travels.
+                 it says) and the block digests. This one travels, and says as much as all
+                 of them side by side would: a change in one block digest changes it, and it is the piece that is
+                 sent again or refused, never a block.
 
 mix is a bijection, and so is the product of a word with an odd number: a change within one word of a row always
 changes the token digest. Others go unnoticed with a chance of about 2^-33 if they stay in one row, 2^-64 else. It

@@ -1,6 +1,7 @@
 """What goes around pieces on a byte stream: the greeting, and the receiver's answer to each piece.
 
-hello    magic, oldest and newest wire version: both sides send one, before anything else
+hello    magic, oldest and newest wire version: both sides send one, before anything else. It turns away what cannot
+         be a neighbour; which version a pair speaks is decided before, from the two workers' lists (transfer.handshake)
 answer   status, length of the reason, reason (UTF-8): one per piece, in the order of the pieces; over shared memory
          also one, without a reason, for each slot of the ring that is free again
 """

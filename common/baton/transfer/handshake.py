@@ -9,13 +9,17 @@ Phase 2: `decide` compares the two. The router pairs by it, and the prefill work
     may differ      block size, dtype, the split of KV heads over ranks: the receiver converts (transfer.adapt);
                     the release, as long as the two have a wire version in common
 
+Every piece is then written in `wire_version` of the two sides.
+
 Digests of KV are bound to `Compatibility.identity`, so a piece of another model is found out even if nobody had asked.
 """
 
 import enum
+from collections.abc import Collection
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
+from baton.errors import TransferError
 from baton.messages import Compatibility
 from baton.request import WorkerId
 from baton.transfer.wire import DTYPES
@@ -30,7 +34,9 @@ class Kind(enum.Enum):
 class Fit(NamedTuple):
     kind: Kind
     reason: str = ""  # what differs, for people
-    wire_version: int = 0  # the highest that both have; 0 where refused
+
+
+_EQUAL = Fit(Kind.EQUAL)
 
 
 class Party(Protocol):
@@ -46,23 +52,25 @@ class Party(Protocol):
     def compatibility(self) -> Compatibility: ...
 
 
+def wire_version(ours: Collection[int], theirs: Collection[int]) -> int:
+    """The highest that both sides have. Raises TransferError where there is none."""
+    common = set(ours) & set(theirs)
+    if not common:
+        raise TransferError(f"wire versions {_listed(ours)} and {_listed(theirs)} have none in common")
+    return max(common)
+
+
 def decide(prefill: Party, decode: Party) -> Fit:
     """Asked for every pair of every placement: most are equal, and the others are remembered."""
     a, b = prefill.compatibility, decode.compatibility
     if a == b and prefill.block_size == decode.block_size and a.wire_versions:
-        return _equal(a.wire_versions)
+        return _EQUAL
     return _decide(prefill.worker_id, prefill.block_size, a, decode.worker_id, decode.block_size, b)
-
-
-@lru_cache(maxsize=16)
-def _equal(wire_versions: tuple[int, ...]) -> Fit:
-    return Fit(Kind.EQUAL, "", max(wire_versions))
 
 
 @lru_cache(maxsize=4096)
 def _decide(p: str, p_size: int, a: Compatibility, d: str, d_size: int, b: Compatibility) -> Fit:
-    versions = set(a.wire_versions) & set(b.wire_versions)
-    if not versions:
+    if not set(a.wire_versions) & set(b.wire_versions):
         return Fit(
             Kind.REFUSED,
             f"{p} (release {a.release}) speaks wire versions {_listed(a.wire_versions)}, {d} (release {b.release}) "
@@ -72,7 +80,7 @@ def _decide(p: str, p_size: int, a: Compatibility, d: str, d_size: int, b: Compa
         return Fit(Kind.REFUSED, "; ".join(differences))
     differences = _adapted(p, p_size, a, d, d_size, b)
     kind = Kind.ADAPTABLE if differences else Kind.EQUAL
-    return Fit(kind, "; ".join(differences), max(versions))
+    return Fit(kind, "; ".join(differences))
 
 
 def _refused(p: str, a: Compatibility, d: str, b: Compatibility) -> list[str]:
@@ -112,5 +120,5 @@ def _arithmetic(of: Compatibility) -> str:
     return f"bit-exactly ({of.arithmetic})" if of.arithmetic else "without bit-exact mode"
 
 
-def _listed(versions: tuple[int, ...]) -> str:
+def _listed(versions: Collection[int]) -> str:
     return ", ".join(map(str, versions)) or "none"

@@ -39,6 +39,10 @@ A sender sets run_tokens to its own block size: then every full block of its poo
 nothing is copied before it is sent. A receiver whose pool has the same blocks, heads and dtype takes the bytes where
 they belong; any other one converts (transfer.adapt).
 
+The two bytes of the version stay where they are in every version. A release that brings version n writes n - 1 too,
+byte for byte as before, for as long as workers of the release before it may be met: while a fleet is upgraded, every
+pair speaks the highest version that both sides have.
+
 A last piece may have no tokens at all. The receiver has everything when the boxes of all accepted pieces fill the box
 that it waits for and the last piece of every shard is there.
 """
@@ -51,7 +55,9 @@ from baton.errors import TransferError
 from baton.request import RequestId
 
 VERSION = 2
-VERSIONS = (VERSION,)  # that this release reads and writes; a pair uses the highest that both have
+VERSIONS = (
+    VERSION,
+)  # that this release reads and writes; a pair uses the highest that both have (handshake)
 MAX_REQUEST_ID_BYTES = 256
 MAX_DIGEST_BYTES = 64
 DTYPES = ("float32", "bfloat16", "float16", "uint8")  # by their number on the wire
@@ -119,6 +125,7 @@ class PieceHeader:
     dtype: str = "uint8"
     shard: int = 0
     num_shards: int = 1
+    version: int = VERSION
 
     @property
     def is_last(self) -> bool:
@@ -142,9 +149,11 @@ class PieceHeader:
         return list(zip(starts, [*cuts, self.token_end], strict=False))
 
     def encode(self) -> bytes:
+        """Raises TransferError for a version that this release does not write."""
+        _check_version(self.version, "is to be sent in")
         request_id = self.request_id.encode()
         fixed = _FIXED.pack(
-            VERSION,
+            self.version,
             DTYPES.index(self.dtype),
             0,
             self.epoch,
@@ -174,8 +183,7 @@ class PieceHeader:
         (version, dtype, reserved, epoch, sequence, num_pieces, shard, num_shards, layer_start, layer_end,
          head_start, head_end, token_start, token_end, run_tokens, num_bytes, first_token,
          id_bytes, digest_bytes) = _FIXED.unpack_from(data)  # fmt: skip
-        if version not in VERSIONS:
-            raise TransferError(f"peer sends wire version {version}, this worker reads {_listed(VERSIONS)}")
+        _check_version(version, "comes in")
         if dtype >= len(DTYPES) or reserved:
             raise TransferError(f"piece header with an unknown dtype ({dtype}/{reserved})")
         if id_bytes > MAX_REQUEST_ID_BYTES or digest_bytes > MAX_DIGEST_BYTES:
@@ -190,9 +198,11 @@ class PieceHeader:
         return cls(
             request_id, epoch, sequence, layer_start, layer_end, token_start, token_end, num_bytes,
             tail[id_bytes:], num_pieces, first_token, head_start, head_end, run_tokens, DTYPES[dtype],
-            shard, num_shards,
+            shard, num_shards, version,
         )  # fmt: skip
 
 
-def _listed(versions: tuple[int, ...]) -> str:
-    return ", ".join(map(str, versions))
+def _check_version(version: int, what: str) -> None:
+    if version not in VERSIONS:
+        known = ", ".join(map(str, VERSIONS))
+        raise TransferError(f"a piece {what} wire version {version}, this worker speaks {known}")
