@@ -28,6 +28,7 @@ from baton.model import exact, identity, loader, memory
 from baton.model.attention import Chunk, StepAttention
 from baton.model.fuse import fuse
 from baton.model.layers import LayerSpec, kv_layout, paged_layers, plain_layers
+from baton.model.split import Split, WholeModel, split
 from baton.model.step import load_native, on_kernels, planner_for, with_graphs
 from baton.model.trim import trimmed
 from baton.model_files import resolve_model
@@ -41,8 +42,8 @@ class _Inputs(NamedTuple):
     position_ids: Tensor  # [1, T]
     paged: StepAttention
     sampled: list[int]  # rows of the batch that get a token, in the order of their logits
-    scored: list[Scored]  # whose logits come after those
-    wanted: Tensor  # [len(sampled) + rows of scored], index into T: positions whose logits are needed
+    wanted: Tensor  # [len(sampled)], index into T: the positions that they are drawn from
+    scored: list[Scored]
 
 
 class TorchModelRunner:
@@ -63,9 +64,11 @@ class TorchModelRunner:
         grammars: Grammars | None = None,
         bit_exact: bool = False,
         native: Native | None = None,
+        parts: Split | None = None,
     ) -> None:
         """`layers` of the model; None: one for each layer of the storage, and nothing special. `native`: ops for
-        its attention, see step.planner_for. Raises ConfigError for a model that cannot be bit-exact."""
+        its attention, see step.planner_for. `parts` of the model, where it has any. Raises
+        ConfigError for a model that cannot be bit-exact."""
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.grammars = grammars
@@ -74,8 +77,9 @@ class TorchModelRunner:
         self._layers = paged_layers(layers or plain_layers(storage.layout), storage)
         self._planner = planner_for(self._layers, storage.layout.block_size, native, bit_exact=bit_exact)
         self._draws_alone = bit_exact
+        self._parts = parts or WholeModel(model)
         if bit_exact:
-            self._model = exact.ExactModel(model)
+            self._model = self._parts = exact.ExactModel(self._parts)
             exact.prove(self._model, self._layers, storage.data, storage.layout.block_size)
         else:
             self._model = with_graphs(
@@ -120,9 +124,6 @@ class TorchModelRunner:
             inputs, self._drawn = self._prepare(batch), None
             inputs.paged.on_written = on_written
             logits = self._forward(inputs)
-        if inputs.scored:
-            score(logits[len(inputs.sampled) :], inputs.scored)
-            logits = logits[: len(inputs.sampled)]
         rows = [batch.rows[i] for i in inputs.sampled]
         drawn = dict(zip(inputs.sampled, self._draw(logits, rows), strict=True))
         in_order = tuple(drawn[i] for i, row in enumerate(batch.rows) if row.sample)
@@ -130,7 +131,20 @@ class TorchModelRunner:
         return in_order
 
     def _forward(self, inputs: _Inputs) -> Tensor:
-        """Logits of `inputs.wanted`, [len(wanted), V]."""
+        """Logits of `inputs.wanted`, [len(wanted), V]; what scored prompts want to know is noted."""
+        if inputs.scored:
+            states = self._parts.states(inputs.input_ids, inputs.position_ids, inputs.paged)
+            score(states, self._parts.logits, inputs.scored)
+            logits = self._parts.logits(states[inputs.wanted])
+        else:
+            logits = self._whole(inputs)
+        if inputs.paged.num_layers_seen != len(self._layers):
+            raise InternalError(
+                f"{inputs.paged.num_layers_seen} of {len(self._layers)} layers called Baton's attention"
+            )
+        return logits
+
+    def _whole(self, inputs: _Inputs) -> Tensor:
         logits: Tensor = self._model(
             input_ids=inputs.input_ids,
             position_ids=inputs.position_ids,
@@ -140,10 +154,6 @@ class TorchModelRunner:
         ).logits[0]
         if len(logits) != len(inputs.wanted):  # the model does not know `logits_to_keep`
             logits = logits[inputs.wanted]
-        if inputs.paged.num_layers_seen != len(self._layers):
-            raise InternalError(
-                f"{inputs.paged.num_layers_seen} of {len(self._layers)} layers called Baton's attention"
-            )
         return logits
 
     def _draw(self, logits: Tensor, rows: list[BatchRow]) -> list[int]:
@@ -172,12 +182,9 @@ class TorchModelRunner:
         chunks = [Chunk(row.start, len(row.token_ids), row.block_table) for row in rows]
         paged = self._planner.plan(chunks, on_device[1], on_device[2])
         last = [(i, end - 1) for i, row, end in zip(order, rows, ends, strict=True) if row.sample]
-        scored, positions_scored = _scored(rows, ends)
-        wanted = torch.tensor(
-            [index for _, index in last] + positions_scored, dtype=torch.int64, device=device
-        )
+        wanted = torch.tensor([index for _, index in last], dtype=torch.int64, device=device)
         input_ids = self._known(on_device[:1]) if min(token_ids) < 0 else on_device[:1]
-        return _Inputs(input_ids, on_device[1:2], paged, [i for i, _ in last], scored, wanted)
+        return _Inputs(input_ids, on_device[1:2], paged, [i for i, _ in last], wanted, _scored(rows, ends))
 
     def _known(self, token_ids: Tensor) -> Tensor:
         """With the tokens of the batch before in place of -1 - i; anything where it drew none."""
@@ -186,16 +193,14 @@ class TorchModelRunner:
         return torch.where(token_ids < 0, drawn.to(token_ids.device)[index], token_ids)
 
 
-def _scored(rows: list[BatchRow], ends: list[int]) -> tuple[list[Scored], list[int]]:
-    """What is asked of the prompts themselves, and where in the step's tokens the answers are."""
+def _scored(rows: list[BatchRow], ends: list[int]) -> list[Scored]:
+    """What is asked of the prompts themselves. `ends` of the rows in the step's tokens."""
     scored: list[Scored] = []
-    indices: list[int] = []
     for row, end in zip(rows, ends, strict=True):
         num_tokens = len(row.token_ids)
         if row.scores is not None and (targets := row.scores.targets(row.start, num_tokens)):
-            scored.append(Scored(row.scores, row.start, len(targets)))
-            indices.extend(range(end - num_tokens, end - num_tokens + len(targets)))
-    return scored, indices
+            scored.append(Scored(row.scores, row.start, end - num_tokens, len(targets)))
+    return scored
 
 
 class _Progress:
@@ -262,6 +267,7 @@ def load_runner(
     if is_fast:
         fuse(module, native, int8=engine.quantization == "int8")
     layers = loader.learn_layers(module, config, max_model_len)
+    parts = split(module)
     if not engine.bit_exact:
         module = trimmed(module, len(layers))
     layout = kv_layout(layers, engine.block_size, dtype)
@@ -280,6 +286,7 @@ def load_runner(
         grammars=Grammars(lambda: load_tokenizer(directory, num_threads=0), vocab_size),
         bit_exact=engine.bit_exact,
         native=native,
+        parts=parts,
     )
     arithmetic = exact.arithmetic() if engine.bit_exact else engine.quantization or ""
     compatibility = identity.compatibility(directory, config, layout, VERSIONS, arithmetic)

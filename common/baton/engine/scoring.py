@@ -1,6 +1,6 @@
 """What the model's logits say of a prompt's own tokens: log probability, rank, and the most likely others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,24 +9,24 @@ from torch import Tensor
 from baton.engine.prompt_scores import PromptScores
 from baton.engine.sampler import LEAST_LOGPROB
 
-# Rows in float32 at a time: a chunk of a large vocabulary is hundreds of megabytes.
-_NUM_ROWS = 64
+# Rows of logits that there are at a time: those of a whole chunk are hundreds of megabytes.
+NUM_ROWS = 64
 
 
 class Scored(NamedTuple):
     scores: PromptScores
-    start: int  # position of the first row of logits
+    start: int  # position of the first row in its sequence
+    first: int  # the row in the step's tokens
     num_rows: int
 
 
-def score(logits: Tensor, scored: Sequence[Scored]) -> None:
-    """logits [sum of num_rows, V], one sequence's rows after the other's; they are left as they are."""
-    parts = torch.split(logits, [each.num_rows for each in scored])
-    for (scores, start, num_rows), rows in zip(scored, parts, strict=True):
-        targets = torch.tensor(scores.targets(start, num_rows), device=logits.device)
-        for first in range(0, num_rows, _NUM_ROWS):
-            part = slice(first, first + _NUM_ROWS)
-            _score(rows[part], targets[part], scores, start + first)
+def score(states: Tensor, head: Callable[[Tensor], Tensor], scored: Sequence[Scored]) -> None:
+    """states [T, ...]; head: logits [R, V] of R of them."""
+    for scores, start, first, num_rows in scored:
+        targets = torch.tensor(scores.targets(start, num_rows), device=states.device)
+        parts = torch.split(states[first : first + num_rows], NUM_ROWS)
+        for i, (part, of_part) in enumerate(zip(parts, torch.split(targets, NUM_ROWS), strict=True)):
+            _score(head(part), of_part, scores, start + i * NUM_ROWS)
 
 
 def _score(logits: Tensor, targets: Tensor, scores: PromptScores, start: int) -> None:

@@ -3,7 +3,8 @@
 Floating-point sums depend on their order, and the order on the shape of what a library is given: on the number of
 rows of a batch, on where a chunk of a prompt ends. So here every operation always gets one shape:
 
-    a step is cut into tiles of TILE tokens, the last one padded, and the whole model runs on one tile after another;
+    a step is cut into tiles of TILE tokens, the last one padded, and all layers run on one tile after another;
+    then the head runs on the tokens whose logits are wanted, TILE of them at a time;
     attention goes over the context in pieces of CONTEXT positions, counted from position 0, with a running softmax.
 
 A tile's later tokens find the KV of its earlier ones, and later tiles that of earlier tiles, because every layer
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from baton.errors import ConfigError
-from baton.model.attention import Chunk, Options, PagedLayer
+from baton.model.attention import Attend, Chunk, Options, PagedLayer
+from baton.model.split import Split
 from baton_kernels import naive
 
 TILE = 16
@@ -124,34 +126,47 @@ class Output(NamedTuple):
 
 class ExactModel(nn.Module):
     """Stands for the model, whose mixture-of-experts layers compute each token's experts by themselves from now on
-    where they can."""
+    where they can. Implements Split."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, parts: Split) -> None:
         super().__init__()
-        self.model = model
-        self.config = model.config
-        model.set_experts_implementation("batched_mm")
+        self.model = parts.model
+        self.config = self.model.config
+        self._parts = parts
+        self.model.set_experts_implementation("batched_mm")
 
     def forward(
-        self, input_ids: Tensor, *, logits_to_keep: Tensor, baton_batch: ExactStep, **others: Any
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor,
+        logits_to_keep: Tensor,
+        baton_batch: ExactStep,
+        **others: Any,
     ) -> Output:
         """input_ids [1, N]; logits_to_keep: of which of them, in any order, logits are wanted."""
-        others.pop("position_ids")
-        wanted = set(logits_to_keep.tolist())
-        kept: dict[int, Tensor] = {}
-        for tile in baton_batch.tiles():
-            end = tile.start + tile.num_tokens
-            here = [token for token in range(tile.start, end) if token in wanted]
-            logits = self.model(
-                input_ids=F.pad(input_ids[:, tile.start : end], (0, TILE - tile.num_tokens)),
-                position_ids=tile.positions[None],
-                logits_to_keep=torch.arange(TILE if here else 1),  # all or none: one shape
-                baton_batch=baton_batch,
-                **others,
-            ).logits[0]
-            kept |= {token: logits[token - tile.start] for token in here}
-        rows = [kept[token] for token in logits_to_keep.tolist()]
-        return Output(torch.stack(rows)[None] if rows else logits[None, :0])
+        return Output(self.logits(self.states(input_ids, position_ids, baton_batch)[logits_to_keep])[None])
+
+    def states(self, input_ids: Tensor, position_ids: Tensor, baton_batch: Attend) -> Tensor:
+        assert isinstance(baton_batch, ExactStep)
+        states = [
+            self._parts.states(
+                F.pad(input_ids[:, tile.start : tile.start + tile.num_tokens], (0, TILE - tile.num_tokens)),
+                tile.positions[None],
+                baton_batch,
+            )[: tile.num_tokens]
+            for tile in baton_batch.tiles()
+        ]
+        return torch.cat(states)
+
+    def logits(self, states: Tensor) -> Tensor:
+        parts = [self._parts.logits(_padded(part))[: len(part)] for part in torch.split(states, TILE)]
+        return torch.cat(parts)
+
+
+def _padded(states: Tensor) -> Tensor:
+    """Of TILE tokens."""
+    return torch.cat([states, states.new_zeros(TILE - len(states), *states.shape[1:])])
 
 
 @torch.inference_mode()
