@@ -91,6 +91,7 @@ def steps(draw: st.DrawFn) -> m.Step:
     with_logprobs = [i for i in range(len(rows)) if i % 7 == 3] if draw(st.booleans()) else []
     num_logprobs = sum(len(rows[i][2]) for i in with_logprobs)
     each = TokenLogprobs(draw(st.floats(-1e6, 0)), (5, 2**32 - 1), (-0.5, -9999.0))
+    cached = draw(st.lists(st.tuples(uint32, uint32), max_size=3))
     of_prompts = draw(st.lists(st.tuples(uint32, prompt_logprobs((2, 1))), max_size=2))
     return m.Step(
         handles=tuple(handle for handle, _, _ in rows),
@@ -103,6 +104,8 @@ def steps(draw: st.DrawFn) -> m.Step:
         logprobs=(each,) * num_logprobs,
         prompt_logprob_handles=tuple(handle for handle, _ in of_prompts),
         prompt_logprobs=tuple(said for _, said in of_prompts),
+        cached_handles=tuple(handle for handle, _ in cached),
+        num_cached_tokens=tuple(num for _, num in cached),
     )
 
 
@@ -210,6 +213,7 @@ def _step_pb(**changed: Any) -> decode_pb2.SessionResponse:
         (m.SessionDown, _step_pb(num_tokens=[1, 2]), "token_ids"),
         (m.SessionDown, _step_pb(finished_handles=[1]), "finished_handles"),
         (m.SessionDown, _step_pb(finished_handles=[1], finished_reasons=[0]), "finished_reasons"),
+        (m.SessionDown, _step_pb(cached_handles=[1]), "cached_handles"),
         (m.SessionDown, _step_pb(prompt_logprob_handles=[1]), "prompt_logprob_handles"),
         (m.SessionDown, _step_pb(prompt_logprob_handles=[1], prompt_logprobs=[{"ranks": [1]}]),
          "prompt_logprobs.ranks"),
@@ -229,6 +233,10 @@ def test_bad_fields_from_outside_are_refused_by_name(expected: Any, pb: Any, par
 
 def test_the_columns_that_those_cases_damage_are_fine_by_themselves() -> None:
     assert codec.decode(m.SessionDown, _step_pb().SerializeToString()).token_ids == (5, 6)
+
+
+def test_a_step_of_the_release_before_has_no_cached_tokens() -> None:
+    assert codec.decode(m.SessionDown, _step_pb().SerializeToString()).cached_handles == ()
 
 
 def test_absent_fields_take_the_defaults_of_the_dataclass() -> None:

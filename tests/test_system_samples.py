@@ -194,3 +194,24 @@ async def test_a_decode_worker_alone_has_samples_too(http: httpx.AsyncClient, st
     assert len(chunks[0].prompt_logprobs.logprobs) == 2
     answer = await ask(http, prompt=[257, 5, 6], max_tokens=6, n=2, return_token_ids=True)
     assert [tokens[sample] for sample in range(2)] == [choice["token_ids"] for choice in answer["choices"]]
+
+
+async def test_a_fleet_without_prefill_workers_says_what_its_prefix_cache_had(directory: Path) -> None:
+    async with (
+        running_stack(model=str(directory), index="memory", num_prefill=0) as stack,
+        httpx.AsyncClient(base_url=f"{stack.base_url}/v1", timeout=60) as client,
+    ):
+        asked = {"prompt": PROMPT, "max_tokens": 2}
+        held = (len(PROMPT) - 1) // 16 * 16  # whole blocks, and one token is always computed
+        assert [await _cached(client, **asked) for _ in range(2)] == [0, held]
+        assert await _cached(client, **asked, n=2) == held
+        assert await _cached(client, **asked, cache_salt="of another tenant") == 0
+        streamed = stream(client, "/completions", **asked, stream_options={"include_usage": True})
+        *_, last = [event async for event in streamed]
+        assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": held}
+
+
+async def _cached(http: httpx.AsyncClient, **fields: Any) -> int:
+    usage: dict[str, Any] = (await ask(http, **fields))["usage"]
+    cached: int = usage["prompt_tokens_details"]["cached_tokens"]
+    return cached

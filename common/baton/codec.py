@@ -296,6 +296,9 @@ class _StepPlan(_Plan):
             values["prompt_logprobs"] = [
                 self._prompt_logprobs.to_pb(each) for each in message.prompt_logprobs
             ]
+        if message.cached_handles:
+            values["cached_handles"] = message.cached_handles
+            values["num_cached_tokens"] = message.num_cached_tokens
         return values
 
     def from_pb(self, pb: Any) -> m.Step:
@@ -306,9 +309,9 @@ class _StepPlan(_Plan):
         if sum(num_tokens) != len(token_ids):
             raise _BadFieldError(f"{len(token_ids)} where the rows have {sum(num_tokens)}", "token_ids")
         finished, load = self._finished(pb), self._read_load(pb.load)
-        if not pb.logprob_rows and not pb.prompt_logprob_handles:
+        if not (pb.logprob_rows or pb.prompt_logprob_handles or pb.cached_handles):
             return m.Step(handles, first_index, num_tokens, token_ids, finished, load)
-        said = *self._of_rows(pb, num_tokens), *self._of_prompts(pb)
+        said = *self._of_rows(pb, num_tokens), *self._of_prompts(pb), *self._cached(pb)
         return m.Step(handles, first_index, num_tokens, token_ids, finished, load, *said)
 
     def _of_rows(
@@ -332,6 +335,11 @@ class _StepPlan(_Plan):
         except _BadFieldError as error:
             raise error.inside("prompt_logprobs") from None
         return _column(pb.prompt_logprob_handles), said
+
+    def _cached(self, pb: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if len(pb.cached_handles) != len(pb.num_cached_tokens):
+            raise _BadFieldError("columns of different lengths", "cached_handles")
+        return _column(pb.cached_handles), _column(pb.num_cached_tokens)
 
     def _finished(self, pb: Any) -> tuple[tuple[int, FinishReason], ...]:
         if len(pb.finished_handles) != len(pb.finished_reasons):

@@ -149,7 +149,8 @@ class Step:
     Row i carries tokens `first_index[i] ... first_index[i] + num_tokens[i] - 1` of sample `handles[i]`, counted from
     the first generated token; `token_ids` holds all rows one after another. `finished` lists (handle, reason).
     `logprobs` has one entry per token of the rows in `logprob_rows`, those of requests that asked for them;
-    `prompt_logprobs` one for each of `prompt_logprob_handles`, requests whose first token is in this step.
+    `prompt_logprobs` one for each of `prompt_logprob_handles`, requests whose first token is in this step; likewise
+    `num_cached_tokens`, of a prompt that was computed here, found in the prefix cache; none found is not said.
     """
 
     handles: tuple[int, ...]
@@ -162,6 +163,8 @@ class Step:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprob_handles: tuple[int, ...] = ()
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    cached_handles: tuple[int, ...] = ()
+    num_cached_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -349,6 +349,11 @@ class Session:
                 self._forget(sample)
 
     def _step(self, told: list[tuple[_Sample, SequenceOutput]]) -> Step:
+        cached = [
+            (sample.handle, row.prompt.num_cached_tokens)
+            for sample, row in told
+            if row.prompt is not None and row.prompt.num_cached_tokens and sample.handle == sample.job.handle
+        ]
         of_prompts = [(s.handle, row.prompt_logprobs) for s, row in told if row.prompt_logprobs is not None]
         return Step(
             handles=tuple([sample.handle for sample, _ in told]),
@@ -361,6 +366,8 @@ class Session:
             logprobs=tuple([each for _, row in told for each in row.logprobs]),
             prompt_logprob_handles=tuple([handle for handle, _ in of_prompts]),
             prompt_logprobs=tuple([said for _, said in of_prompts]),
+            cached_handles=tuple([handle for handle, _ in cached]),
+            num_cached_tokens=tuple([num_tokens for _, num_tokens in cached]),
         )
 
 

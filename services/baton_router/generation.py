@@ -19,6 +19,7 @@ class Tokens(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token where the request asked for them
     prompt_logprobs: PromptLogprobs | None = None  # before all others, where the request asked for them
     sample: int = 0
+    num_cached_tokens: int = 0  # of the prompt: with the first token, where the decode worker computed it
 
 
 @dataclass(slots=True)

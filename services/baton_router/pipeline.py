@@ -303,6 +303,8 @@ class Pipeline:
             record.first_token_s = self._clock.now()
         for tokens in batch:
             record.num_output_tokens += len(tokens.token_ids)
+            if tokens.num_cached_tokens:
+                record.num_cached_tokens_decode = tokens.num_cached_tokens
         if batch[-1].finish_reason is not None:
             record.finish_reason = batch[-1].finish_reason.value
 

@@ -73,6 +73,7 @@ class Attempt:
         reason: FinishReason | None,
         logprobs: tuple[TokenLogprobs, ...] = (),
         prompt_logprobs: PromptLogprobs | None = None,
+        num_cached_tokens: int = 0,
     ) -> None:
         next_index = self._next_index[sample]
         if next_index == _ENDED:
@@ -82,7 +83,8 @@ class Attempt:
             return
         num_known = next_index - first_index
         token_ids = token_ids[num_known:]
-        tokens = Tokens(next_index, token_ids, reason, logprobs[num_known:], prompt_logprobs, sample)
+        logprobs = logprobs[num_known:]
+        tokens = Tokens(next_index, token_ids, reason, logprobs, prompt_logprobs, sample, num_cached_tokens)
         self._next_index[sample] = next_index + len(token_ids)
         if self._held is None:
             self._stream.push(tokens)
@@ -232,6 +234,7 @@ class Session:
         reasons = dict(step.finished)
         logprobs = _logprobs(step)
         of_prompts = dict(zip(step.prompt_logprob_handles, step.prompt_logprobs, strict=True))
+        cached = dict(zip(step.cached_handles, step.num_cached_tokens, strict=True))
         start = 0
         for handle, first_index, num in zip(step.handles, step.first_index, step.num_tokens, strict=True):
             token_ids = step.token_ids[start : start + num]
@@ -239,7 +242,7 @@ class Session:
             if (attempt := self._attempts.get(handle)) is not None:
                 attempt.tokens(
                     handle - attempt.handle, first_index, token_ids, reasons.get(handle),
-                    logprobs.get(handle, ()), of_prompts.get(handle),
+                    logprobs.get(handle, ()), of_prompts.get(handle), cached.get(handle, 0),
                 )  # fmt: skip
         for handle, reason in step.finished:
             if (attempt := self._attempts.pop(handle, None)) is None:

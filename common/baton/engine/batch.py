@@ -109,11 +109,12 @@ class ModelRunner(Protocol):
     async def aclose(self) -> None: ...
 
 
-class PromptTimes(NamedTuple):
-    """Of a prompt that was computed here, on the engine's clock."""
+class PromptFacts(NamedTuple):
+    """Of a prompt that was computed here."""
 
-    arrival_s: float
+    arrival_s: float  # on the engine's clock
     admitted_s: float
+    num_cached_tokens: int  # found in the prefix cache
 
 
 class SequenceOutput(NamedTuple):
@@ -128,7 +129,7 @@ class SequenceOutput(NamedTuple):
     corrupted: bool = False  # it is because the model's logits were no numbers
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token where the request asked for them
     prompt_logprobs: PromptLogprobs | None = None  # with the first token, where the request asked for them
-    prompt: PromptTimes | None = None  # with the first token
+    prompt: PromptFacts | None = None  # with the first token
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from baton.engine.batch import PromptTimes, SequenceOutput
+from baton.engine.batch import PromptFacts, SequenceOutput
 from baton.engine.scheduler import Scheduler
 from baton.engine.sequence import Sequence
 from baton.engine.steps import EndedStep
@@ -67,7 +67,7 @@ class Outcomes:
             sequence.finish_reason,
             logprobs=_logprobs(sequence) if new_tokens else (),
             prompt_logprobs=prompt_logprobs,
-            prompt=PromptTimes(sequence.arrival_s, sequence.admitted_s) if is_first else None,
+            prompt=_prompt_facts(sequence) if is_first else None,
         )
 
     def _fail(self, sequence: Sequence, error: str, *, corrupted: bool = False) -> SequenceOutput:
@@ -88,6 +88,10 @@ class Outcomes:
             error,
             corrupted=corrupted,
         )
+
+
+def _prompt_facts(sequence: Sequence) -> PromptFacts:
+    return PromptFacts(sequence.arrival_s, sequence.admitted_s, sequence.num_cached_tokens)
 
 
 def _logprobs(sequence: Sequence) -> tuple[TokenLogprobs, ...]:

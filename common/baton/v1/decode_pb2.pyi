@@ -72,7 +72,7 @@ class Failure(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., param: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("handles", "first_index", "num_tokens", "token_ids", "finished_handles", "finished_reasons", "load", "logprob_rows", "logprobs", "prompt_logprob_handles", "prompt_logprobs")
+    __slots__ = ("handles", "first_index", "num_tokens", "token_ids", "finished_handles", "finished_reasons", "load", "logprob_rows", "logprobs", "prompt_logprob_handles", "prompt_logprobs", "cached_handles", "num_cached_tokens")
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +84,8 @@ class Step(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROB_HANDLES_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_HANDLES_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     handles: _containers.RepeatedScalarFieldContainer[int]
     first_index: _containers.RepeatedScalarFieldContainer[int]
     num_tokens: _containers.RepeatedScalarFieldContainer[int]
@@ -95,7 +97,9 @@ class Step(_message.Message):
     logprobs: _containers.RepeatedCompositeFieldContainer[_request_pb2.TokenLogprobs]
     prompt_logprob_handles: _containers.RepeatedScalarFieldContainer[int]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_request_pb2.PromptLogprobs]
-    def __init__(self, handles: _Optional[_Iterable[int]] = ..., first_index: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finished_handles: _Optional[_Iterable[int]] = ..., finished_reasons: _Optional[_Iterable[_Union[_request_pb2.FinishReason, str]]] = ..., load: _Optional[_Union[_worker_pb2.Load, _Mapping]] = ..., logprob_rows: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_request_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_logprob_handles: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_request_pb2.PromptLogprobs, _Mapping]]] = ...) -> None: ...
+    cached_handles: _containers.RepeatedScalarFieldContainer[int]
+    num_cached_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, handles: _Optional[_Iterable[int]] = ..., first_index: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finished_handles: _Optional[_Iterable[int]] = ..., finished_reasons: _Optional[_Iterable[_Union[_request_pb2.FinishReason, str]]] = ..., load: _Optional[_Union[_worker_pb2.Load, _Mapping]] = ..., logprob_rows: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_request_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_logprob_handles: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_request_pb2.PromptLogprobs, _Mapping]]] = ..., cached_handles: _Optional[_Iterable[int]] = ..., num_cached_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Recompute(_message.Message):
     __slots__ = ("handle", "reason", "first_token")
