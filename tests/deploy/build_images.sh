@@ -37,6 +37,7 @@ if ! podman image exists "$PYTHON_IMAGE" || ! podman image exists "$REDIS_IMAGE"
 fi
 for target in router worker; do
     podman build --network host --format docker "${mounts[@]}" -f services/Dockerfile --target "$target" \
+        --build-arg REVISION="$(git rev-parse HEAD)" ${SOURCE_URL:+--build-arg SOURCE="$SOURCE_URL"} \
         ${TORCH_INDEX:+--build-arg TORCH_INDEX="$TORCH_INDEX"} -t "baton-$target" .
 done
 podman images --format '{{.Repository}} {{.Size}}' | grep '/baton-'
