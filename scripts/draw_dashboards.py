@@ -22,11 +22,13 @@ mpl.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
+from PIL import Image
 
 FOLDER = Path(__file__).parents[1] / "helm" / "baton" / "dashboards"
 NUM_STEPS = 120  # points of a line
 RATE_WINDOW = "30s"  # for $__rate_interval: Grafana takes at least four scrapes
 MAX_LEGENDS = 8
+NUM_COLOURS = 64  # of a picture
 COLUMNS = 24  # of Grafana's grid
 UNITS = {
     "s": " s", "percentunit": " %", "reqps": " req/s", "ops": " /s", "Bps": " B/s", "short": "", "bool_yes_no": "",
@@ -77,15 +79,16 @@ def draw(board: dict[str, Any], source: Source, window: Window, file: Path) -> l
     figure, grid = plt.subplots(
         num_rows, num_columns, figsize=(4.4 * num_columns, 2.7 * num_rows), squeeze=False
     )
-    figure.suptitle(board["title"], fontsize=11)
+    figure.suptitle(f"{board['title']}, by seconds", fontsize=11)
     for axes in grid.flat:
         axes.axis("off")
     wrong: list[str] = []
     for panel, axes in zip(panels, grid.flat, strict=False):
         wrong += [f"{file.stem}: {panel['title']}: {why}" for why in _draw_panel(panel, axes, source, window)]
     figure.tight_layout()
-    figure.savefig(file, dpi=80)
+    figure.savefig(file, dpi=72)
     plt.close(figure)
+    Image.open(file).quantize(NUM_COLOURS).save(file, optimize=True)
     return wrong
 
 
@@ -105,8 +108,11 @@ def _draw_panel(panel: dict[str, Any], axes: Axes, source: Source, window: Windo
         )
     unit = panel["fieldConfig"]["defaults"]["unit"]
     axes.set_xlim(0, window.end_s - window.start_s)
-    axes.set_ylim(bottom=0)
+    highest = max((value for line in lines for value in line.values), default=0.0)
+    axes.set_ylim(0, 1.05 * highest if highest > 0 else 1.0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, unit)))
+    if unit == "bool_yes_no":
+        axes.set_yticks([0, 1])
     axes.tick_params(labelsize=7)
     axes.grid(visible=True, alpha=0.3)
     if lines:
@@ -122,6 +128,8 @@ def shown(value: float, unit: str) -> str:
         return f"{value * 100:.3g}{suffix}"
     if unit == "bool_yes_no":
         return "yes" if value else "no"
+    if unit == "s" and 0 < abs(value) < 1:
+        return f"{value * 1e3:.3g} ms"
     for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
             return f"{value / factor:.3g}{suffix.replace(' ', ' ' + prefix, 1) or prefix}"

@@ -39,7 +39,8 @@ def share_below(metric: str, seconds: str) -> str:
 
 
 def share(metric: str, of: str) -> str:
-    return f"{rate(metric, f'{API},{of}')} / {rate(metric, API)}"
+    """0, not nothing, while no request ended so."""
+    return f"({rate(metric, f'{API},{of}')} or vector(0)) / {rate(metric, API)}"
 
 
 def ratio(above: str, below: str, by: str) -> str:

@@ -30,6 +30,7 @@ RUN_BY = {
     "baton generate": "tests/test_generate.py",
     "baton models": "tests/test_models.py",
     "curl": "tests/test_system_api.py",
+    ".venv/bin/python scripts/draw_dashboards.py": "tests/test_draw_dashboards.py",
 }
 
 
