@@ -129,7 +129,7 @@ async def running_stack(
         port=0,
         model=ModelConfig(model=model, served_model_name=("test",), dtype="float32"),
         engine=engine or EngineConfig(),
-        transfer=TransferConfig(transport=transport),  # type: ignore[arg-type]
+        transfer=TransferConfig(transport=transport, min_piece_bytes=1),  # type: ignore[arg-type]
         index=IndexConfig(index=index, redis_url=url, lease_s=5.0),  # type: ignore[arg-type]
         prefill=num_prefill,
         decode=num_decode,

@@ -1,5 +1,7 @@
 """Sequences share a block only if they begin alike, and nobody writes to a block that another one reads."""
 
+import hashlib
+
 import hypothesis.strategies as st
 import pytest
 from fake_model import FakeStorage
@@ -8,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from baton.clock import SystemClock
 from baton.engine.sequence import Sequence
-from baton.kv.block import num_blocks_for
+from baton.kv.block import HASH_BYTES, BlockHash, block_hashes, extend_hashes, num_blocks_for, root_hash
 from baton.kv.cache_manager import KVCacheManager
 from baton.kv.layout import KVLayout, LayerLayout
 from baton.kv.offload import HostBlocks
@@ -245,3 +247,17 @@ def test_storage_views_and_regions_are_the_same_bytes() -> None:
     assert len(storage.region(BlockId(0), 0, 2)) == layout.block_bytes
     k, v = KVStorage(layout, 3, fill_nan=True).layer_views(0)
     assert k.isnan().all() and v.isnan().all()
+
+
+def test_a_block_hash_is_blake2b_of_its_parent_and_its_tokens() -> None:
+    """Workers of two releases share an index: what is hashed may not change."""
+    tokens = [0, 1, 255, 256, 2**31, 2**32 - 1, 7, 8, 9]
+    root = root_hash("f", 4, "tenant")
+    expected, parent = [], root
+    for start in (0, 4):
+        block = b"".join(token.to_bytes(4, "little") for token in tokens[start : start + 4])
+        parent = BlockHash(hashlib.blake2b(parent + block, digest_size=HASH_BYTES).digest())
+        expected.append(parent)
+    assert block_hashes(root, tokens, 4) == expected
+    assert list(extend_hashes(expected[0], tokens, 4, 1)) == expected[1:]
+    assert block_hashes(root, tokens[:3], 4) == []

@@ -47,7 +47,8 @@ async def test_through_a_fleet(directory: Path, roles: tuple[tuple[Role, ...], .
     prompts = random_prompts([20, 33, 50, 7], vocab_size=POISON)
     fleet = LocalFleet(
         clock, InprocRpcNetwork(clock), EventLines(clock),
-        router=RouterConfig(), engine=ENGINE, transfer=TransferConfig(transport="tcp"), index_lease_s=5.0, seed=0,
+        router=RouterConfig(), engine=ENGINE, transfer=TransferConfig(transport="tcp", min_piece_bytes=1),
+        index_lease_s=5.0, seed=0,
     )  # fmt: skip
     async with fleet.routing():
         for role in roles:

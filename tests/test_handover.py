@@ -16,12 +16,14 @@ from baton.demo_task import recall_prompt
 from baton.engine.model_runner import load_runner
 from baton.errors import TransferError
 from baton.events import EventLines
+from baton.handover.push import Connections
 from baton.kv.block import num_blocks_for
 from baton.messages import Role
 from baton.model_files import resolve_model
 from baton.request import Request, RequestId, SamplingParams
 from baton.rpc import InprocRpcNetwork
 from baton.tokenizer import Tokenizer, load_tokenizer
+from baton.transfer.base import Connection
 from baton.transfer.choose import available, make_transport
 from baton.transfer.wire import PieceHeader
 from baton_loadtest.local_fleet import LocalFleet, LocalWorker
@@ -40,7 +42,8 @@ async def fleet_of(
         EventLines(clock),
         router=RouterConfig(),
         engine=ENGINE,
-        transfer=TransferConfig(transport=transport, lease_s=3.0),  # type: ignore[arg-type]
+        # Small prompts in many pieces.
+        transfer=TransferConfig(transport=transport, lease_s=3.0, min_piece_bytes=1),  # type: ignore[arg-type]
         index_lease_s=5.0,
         seed=0,
     )
@@ -141,6 +144,21 @@ async def test_pieces_that_only_renew_the_lease_go_over_every_transport(
             "sent": ("ok", len(opened)),
             "received": ("ok", len(opened)),
         }
+
+
+async def test_a_transport_that_connects_after_the_first_token_is_known_too(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = Connections.get
+
+    async def get_late(connections: Connections, address: str) -> Connection:
+        await asyncio.sleep(0.5)  # the golden prompt takes some 10 ms
+        return await get(connections, address)
+
+    monkeypatch.setattr(Connections, "get", get_late)
+    async with fleet_of("tcp", *PAIR) as fleet:  # has sent one prompt through the pair
+        prefill, decode = workers(fleet)
+        assert fleet.fleet.transport(prefill.record.worker_id, decode.record.worker_id) == "tcp"
 
 
 @pytest.mark.parametrize(("receiver_reads", "spoken"), [((2,), 2), ((3, 2), 3)])

@@ -37,7 +37,7 @@ NUM_LAYERS = 6
 
 
 def config_of(num_groups: int, *, seed: int = 0, bytes_per_s: float = 1e6, **other: object) -> FleetConfig:
-    transfer = TransferConfig(lease_s=2.0, push_timeout_s=1.0, num_layer_groups=num_groups)
+    transfer = TransferConfig(lease_s=2.0, push_timeout_s=1.0, min_piece_bytes=1, num_layer_groups=num_groups)
     base = FleetConfig(seed=seed, num_layers=NUM_LAYERS, transfer=transfer, link_bytes_per_s=bytes_per_s)
     return replace(base, **other)  # type: ignore[arg-type]
 

@@ -92,7 +92,7 @@ def test_the_survivor_has_everything_back_within_lease_and_heartbeat(
 
 def test_a_prompt_that_takes_longer_than_the_lease_is_not_given_up() -> None:
     clock = VirtualClock()
-    transfer = TransferConfig(lease_s=2.0, push_timeout_s=1.0, num_layer_groups=1)
+    transfer = TransferConfig(lease_s=2.0, push_timeout_s=1.0, min_piece_bytes=1, num_layer_groups=1)
     config = replace(CONFIG, transfer=transfer, speed=Speed(prefill_token_s=0.04))  # 5 s for each chunk
 
     async def main() -> None:

@@ -86,7 +86,7 @@ async def running(setup: Setup) -> AsyncIterator[LocalFleet]:
     network.faults = setup.faults
     fleet = LocalFleet(
         clock, InprocRpcNetwork(clock), EventLines(clock), router=RouterConfig(), engine=EngineConfig(),
-        transfer=TransferConfig(push_timeout_s=0.5, lease_s=3.0), index_lease_s=5.0, seed=0,
+        transfer=TransferConfig(push_timeout_s=0.5, lease_s=3.0, min_piece_bytes=1), index_lease_s=5.0, seed=0,
     )  # fmt: skip
     async with fleet.routing():
         for role, side in ((Role.PREFILL, setup.prefill), (Role.DECODE, setup.decode)):

@@ -43,6 +43,32 @@ def test_what_waits_is_joined_over_layers_and_then_over_tokens() -> None:
     assert out.take() == Span(0, 128, 0, 6)
 
 
+def test_less_than_is_worth_a_piece_waits_for_more_but_never_longer_than_the_prompt_is_written() -> None:
+    out = Outgoing(LAYOUT, 0, 80, EVERYTHING, min_piece_bytes=2 * LAYOUT.block_bytes)
+    for num_tokens, num_layers in ((16, 3), (16, 6), (32, 3)):
+        out.written(num_tokens, num_layers)
+        assert out.take() is None
+    out.written(32, 6)
+    assert (out.take(), out.take()) == (Span(0, 32, 0, 6), None)
+    out.written(64, 3)
+    assert not out.has_ready
+    out.written(80, 6)
+    taken = [out.take(), out.take()]
+    assert out.take() is None
+    assert sorted(span for span in taken if span) == [Span(32, 80, 0, 6)]
+
+
+def test_what_waits_counts_together_so_that_a_little_in_front_keeps_nothing_back() -> None:
+    out = Outgoing(LAYOUT, 0, 256, 3 * LAYOUT.block_bytes, min_piece_bytes=3 * LAYOUT.block_bytes)
+    out.written(64, 6)
+    assert out.take() == Span(0, 48, 0, 6)
+    assert out.take() is None  # one block is left
+    out.written(96, 3)
+    assert not out.has_ready
+    out.written(128, 3)
+    assert out.has_ready
+
+
 def test_a_step_that_ends_without_telling_its_layers_is_sent_whole() -> None:
     out = outgoing(16, 64)
     out.written(32, 6)

@@ -185,7 +185,7 @@ def test_a_sample_that_fails_is_the_failure_of_the_request(wrong: str) -> None:
     async def main() -> None:
         fleet = LocalFleet(
             clock, InprocRpcNetwork(clock), EventLines(clock), router=RouterConfig(), engine=ENGINE,
-            transfer=TransferConfig(), index_lease_s=3.0, seed=0,
+            transfer=TransferConfig(min_piece_bytes=1), index_lease_s=3.0, seed=0,
         )  # fmt: skip
         runner = FakeRunner(64, ENGINE.block_size)
         async with fleet.routing():

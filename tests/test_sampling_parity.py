@@ -134,7 +134,8 @@ async def _fleet_of(directory: Path, *roles: tuple[Role, ...]) -> AsyncIterator[
     clock = SystemClock()
     fleet = LocalFleet(
         clock, InprocRpcNetwork(clock), EventLines(clock),
-        router=RouterConfig(), engine=ENGINE, transfer=TransferConfig(transport="tcp"), index_lease_s=5.0, seed=0,
+        router=RouterConfig(), engine=ENGINE, transfer=TransferConfig(transport="tcp", min_piece_bytes=1),
+        index_lease_s=5.0, seed=0,
     )  # fmt: skip
     async with fleet.routing():
         for role in roles:

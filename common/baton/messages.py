@@ -224,6 +224,7 @@ class Pushed:
     num_mismatches: int = 0  # times that a piece did not match its digest where it arrived
     num_bytes: int = 0  # of KV that were acknowledged
     wire_s: float = 0.0  # during which some of it was on the wire
+    transport: str = ""  # that carried it
 
 
 PrefillAnswer = PrefillResult | Pushed

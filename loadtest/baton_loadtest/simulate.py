@@ -169,7 +169,9 @@ class FleetConfig:
     engine: EngineConfig = field(
         default_factory=lambda: EngineConfig(num_blocks=256, max_num_batched_tokens=128)
     )
-    transfer: TransferConfig = field(default_factory=lambda: TransferConfig(lease_s=2.0, push_timeout_s=1.0))
+    transfer: TransferConfig = field(
+        default_factory=lambda: TransferConfig(lease_s=2.0, push_timeout_s=1.0, min_piece_bytes=1)
+    )
     router: RouterConfig = field(default_factory=lambda: RouterConfig(session_timeout_s=2.0))
     speed: Speed = field(default_factory=Speed)
     rpc_latency_s: float = 0.0005

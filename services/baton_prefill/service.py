@@ -113,7 +113,9 @@ class PrefillService:
                     return  # one token was all: nobody needs the KV elsewhere
             await asyncio.wait((pushing,))
             push = job.push
-            yield Pushed(push.sending.reason, push.sending.num_mismatches, push.num_bytes, push.wire.seconds)
+            yield Pushed(
+                push.sending.reason, push.sending.num_mismatches, push.num_bytes, push.wire.seconds, push.transport
+            )  # fmt: skip
         finally:
             pushing.cancel()
 
@@ -128,6 +130,7 @@ class PrefillService:
             self._clock,
             self._emit,
             piece_bytes=self._config.piece_bytes,
+            min_piece_bytes=self._config.min_piece_bytes,
             timeout_s=self._config.push_timeout_s,
         )
         job = _Job(request, push, self._trace(request), self._clock.now())

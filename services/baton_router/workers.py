@@ -20,7 +20,6 @@ from baton.messages import (
     BlocksCall,
     PrefillAnswer,
     PrefillCall,
-    PrefillResult,
     Pushed,
     Role,
     SessionUp,
@@ -94,7 +93,7 @@ class Link:
                 async for answer in answers:
                     self.num_dispatched_tokens -= num_tokens
                     num_tokens = 0
-                    if isinstance(answer, PrefillResult) and answer.transport:
+                    if answer.transport:
                         self.transports[call.ticket.worker_id] = answer.transport
                     if isinstance(answer, Pushed):
                         self.rates.setdefault(call.ticket.worker_id, Rate()).note(answer)

@@ -6,6 +6,9 @@ Blocks fill front to back and layers bottom to top, so what is ready at any time
              |####|####|++++|          + written, in the queue
              |####|####|++++|
     blocks    0    1    2    3 ...
+
+A piece costs either end about a millisecond of CPU time whatever is in it, and that time is taken from the
+computation beside it. So less than min_piece_bytes waits for what joins it, until the whole prompt is written.
 """
 
 from collections import deque
@@ -37,9 +40,12 @@ class Outgoing:
     """The tokens [first_token, num_tokens) of one request. Every (token, layer) is taken exactly once, in pieces that
     end between two blocks of the pool, or with the prompt."""
 
-    def __init__(self, layout: KVLayout, first_token: int, num_tokens: int, piece_bytes: int) -> None:
+    def __init__(
+        self, layout: KVLayout, first_token: int, num_tokens: int, piece_bytes: int, min_piece_bytes: int = 1
+    ) -> None:
         self._layout = layout
         self._piece_bytes = piece_bytes
+        self._min_piece_bytes = min_piece_bytes
         self._first_token = first_token
         self._num_tokens = num_tokens
         self._first = first_token // layout.block_size  # blocks below it are queued in all their layers
@@ -66,7 +72,7 @@ class Outgoing:
 
     def take(self) -> Span | None:
         """The next piece: as many blocks as fit in piece_bytes, at least one. None: nothing is ready."""
-        if not self._spans:
+        if not self.has_ready:
             return None
         span = self._spans.popleft()
         size = self._layout.block_size
@@ -79,7 +85,15 @@ class Outgoing:
 
     @property
     def has_ready(self) -> bool:
-        return bool(self._spans)
+        is_whole = self._first == len(self._num_queued)
+        return bool(self._spans) and (is_whole or self._num_bytes_ready() >= self._min_piece_bytes)
+
+    def _num_bytes_ready(self) -> int:
+        per_block = (
+            (s.token_end - s.token_start) * self._layout.group_bytes(s.layer_start, s.layer_end)
+            for s in self._spans
+        )
+        return sum(per_block) // self._layout.block_size
 
     def _span(self, block_start: int, block_end: int, layer_start: int, layer_end: int) -> Span:
         size = self._layout.block_size

@@ -61,6 +61,7 @@ class Push:
         emit: Emit,
         *,
         piece_bytes: int,
+        min_piece_bytes: int,
         timeout_s: float,
     ) -> None:
         """`identity` names the model in digests, on both sides the same. Raises TransferError when the receiver
@@ -79,7 +80,9 @@ class Push:
         self._emit = emit
         self._timeout_s = timeout_s
         self._digester = Digester(identity, request.prompt_token_ids)
-        self._outgoing = Outgoing(storage.layout, ticket.num_cached_tokens, self._num_tokens, piece_bytes)
+        self._outgoing = Outgoing(
+            storage.layout, ticket.num_cached_tokens, self._num_tokens, piece_bytes, min_piece_bytes
+        )
         self._block_table: Sequence[BlockId] = ()
         self._first_token: int | None = None
         self._changed = asyncio.Event()

@@ -6,6 +6,7 @@ equal hashes hold the same KV, so they may be shared. Positions are implied: a b
 """
 
 import hashlib
+import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, NewType
 
@@ -37,10 +38,12 @@ def extend_hashes(
     parent: BlockHash, token_ids: Sequence[int], block_size: int, start_block: int
 ) -> Iterator[BlockHash]:
     """Hashes of the full blocks from `start_block` on; `parent` is the hash before it."""
-    for start in range(start_block * block_size, len(token_ids) - block_size + 1, block_size):
-        tokens = token_ids[start : start + block_size]
-        packed = b"".join(token.to_bytes(4, "little") for token in tokens)
-        parent = BlockHash(hashlib.blake2b(parent + packed, digest_size=HASH_BYTES).digest())
+    first = start_block * block_size
+    packed = struct.pack(f"<{max(0, len(token_ids) - first)}I", *token_ids[first:])
+    num_bytes = 4 * block_size
+    for start in range(0, len(packed) - num_bytes + 1, num_bytes):
+        block = packed[start : start + num_bytes]
+        parent = BlockHash(hashlib.blake2b(parent + block, digest_size=HASH_BYTES).digest())
         yield parent
 
 

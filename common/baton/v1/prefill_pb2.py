@@ -27,7 +27,7 @@ from baton.v1 import ticket_pb2 as baton_dot_v1_dot_ticket__pb2
 from baton.v1 import worker_pb2 as baton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62\x61ton/v1/prefill.proto\x12\x08\x62\x61ton.v1\x1a\x16\x62\x61ton/v1/request.proto\x1a\x15\x62\x61ton/v1/ticket.proto\x1a\x15\x62\x61ton/v1/worker.proto\"j\n\x0ePrefillRequest\x12\"\n\x07request\x18\x01 \x01(\x0b\x32\x11.baton.v1.Request\x12 \n\x06ticket\x18\x02 \x01(\x0b\x32\x10.baton.v1.Ticket\x12\x12\n\ndeadline_s\x18\x03 \x01(\x01\"k\n\x0fPrefillResponse\x12)\n\x06result\x18\x01 \x01(\x0b\x32\x17.baton.v1.PrefillResultH\x00\x12\"\n\x06pushed\x18\x02 \x01(\x0b\x32\x10.baton.v1.PushedH\x00\x42\t\n\x07message\"S\n\x06Pushed\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x16\n\x0enum_mismatches\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06wire_s\x18\x04 \x01(\x01\"\xe0\x02\n\rPrefillResult\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x32\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.baton.v1.FinishReasonH\x00\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x12\x1c\n\x04load\x18\x06 \x01(\x0b\x32\x0e.baton.v1.Load\x12.\n\x08logprobs\x18\x07 \x01(\x0b\x32\x17.baton.v1.TokenLogprobsH\x01\x88\x01\x01\x12\x36\n\x0fprompt_logprobs\x18\x08 \x01(\x0b\x32\x18.baton.v1.PromptLogprobsH\x02\x88\x01\x01\x12\x11\n\ttransport\x18\t \x01(\tB\x10\n\x0e_finish_reasonB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs2K\n\x07Prefill\x12@\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x19.baton.v1.PrefillResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62\x61ton/v1/prefill.proto\x12\x08\x62\x61ton.v1\x1a\x16\x62\x61ton/v1/request.proto\x1a\x15\x62\x61ton/v1/ticket.proto\x1a\x15\x62\x61ton/v1/worker.proto\"j\n\x0ePrefillRequest\x12\"\n\x07request\x18\x01 \x01(\x0b\x32\x11.baton.v1.Request\x12 \n\x06ticket\x18\x02 \x01(\x0b\x32\x10.baton.v1.Ticket\x12\x12\n\ndeadline_s\x18\x03 \x01(\x01\"k\n\x0fPrefillResponse\x12)\n\x06result\x18\x01 \x01(\x0b\x32\x17.baton.v1.PrefillResultH\x00\x12\"\n\x06pushed\x18\x02 \x01(\x0b\x32\x10.baton.v1.PushedH\x00\x42\t\n\x07message\"f\n\x06Pushed\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x16\n\x0enum_mismatches\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06wire_s\x18\x04 \x01(\x01\x12\x11\n\ttransport\x18\x05 \x01(\t\"\xe0\x02\n\rPrefillResult\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x32\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.baton.v1.FinishReasonH\x00\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x12\x1c\n\x04load\x18\x06 \x01(\x0b\x32\x0e.baton.v1.Load\x12.\n\x08logprobs\x18\x07 \x01(\x0b\x32\x17.baton.v1.TokenLogprobsH\x01\x88\x01\x01\x12\x36\n\x0fprompt_logprobs\x18\x08 \x01(\x0b\x32\x18.baton.v1.PromptLogprobsH\x02\x88\x01\x01\x12\x11\n\ttransport\x18\t \x01(\tB\x10\n\x0e_finish_reasonB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs2K\n\x07Prefill\x12@\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x19.baton.v1.PrefillResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,9 +39,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLRESPONSE']._serialized_start=214
   _globals['_PREFILLRESPONSE']._serialized_end=321
   _globals['_PUSHED']._serialized_start=323
-  _globals['_PUSHED']._serialized_end=406
-  _globals['_PREFILLRESULT']._serialized_start=409
-  _globals['_PREFILLRESULT']._serialized_end=761
-  _globals['_PREFILL']._serialized_start=763
-  _globals['_PREFILL']._serialized_end=838
+  _globals['_PUSHED']._serialized_end=425
+  _globals['_PREFILLRESULT']._serialized_start=428
+  _globals['_PREFILLRESULT']._serialized_end=780
+  _globals['_PREFILL']._serialized_start=782
+  _globals['_PREFILL']._serialized_end=857
 # @@protoc_insertion_point(module_scope)

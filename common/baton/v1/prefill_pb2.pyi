@@ -27,16 +27,18 @@ class PrefillResponse(_message.Message):
     def __init__(self, result: _Optional[_Union[PrefillResult, _Mapping]] = ..., pushed: _Optional[_Union[Pushed, _Mapping]] = ...) -> None: ...
 
 class Pushed(_message.Message):
-    __slots__ = ("reason", "num_mismatches", "num_bytes", "wire_s")
+    __slots__ = ("reason", "num_mismatches", "num_bytes", "wire_s", "transport")
     REASON_FIELD_NUMBER: _ClassVar[int]
     NUM_MISMATCHES_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     WIRE_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     reason: str
     num_mismatches: int
     num_bytes: int
     wire_s: float
-    def __init__(self, reason: _Optional[str] = ..., num_mismatches: _Optional[int] = ..., num_bytes: _Optional[int] = ..., wire_s: _Optional[float] = ...) -> None: ...
+    transport: str
+    def __init__(self, reason: _Optional[str] = ..., num_mismatches: _Optional[int] = ..., num_bytes: _Optional[int] = ..., wire_s: _Optional[float] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class PrefillResult(_message.Message):
     __slots__ = ("token_id", "finish_reason", "num_cached_tokens", "queue_s", "prefill_s", "load", "logprobs", "prompt_logprobs", "transport")
