@@ -71,17 +71,23 @@ def test_a_gap_counts_where_it_ends() -> None:
     assert list(_gaps([record], (2.0, 5.0))) == [2.5, 0.5]
 
 
-def test_the_models_are_what_every_engine_takes(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
     script = ROOT / "scripts" / "make_bench_model.py"
-    command = [sys.executable, script, "--shape", "tiny", "--out", tmp_path]
+    command = [sys.executable, script, "--shape", "tiny", "--out", directory]
     subprocess.run(command, check=True, capture_output=True)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    return directory
+
+
+def test_the_models_are_what_every_engine_takes(tiny: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
     assert 2e6 < model.num_parameters() < 10e6
     ids = [FIRST_WORD, FIRST_WORD + 700, *range(16_200, 16_384)]
     text = text_of(ids)
     assert tokenizer(text)["input_ids"] == ids, "the same prompt as text and as ids"
     assert tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False) == text
-    with LLM(str(tmp_path), dtype="bfloat16", num_blocks=64) as llm:
+    with LLM(str(tiny), dtype="bfloat16", num_blocks=64) as llm:
         [output] = llm.generate(ids, SamplingParams(max_tokens=32, temperature=0))
     assert len(output.token_ids) == 32, "it never chooses its end token"
     assert len(output.text.split()) == 32, "every token is a word"
@@ -104,3 +110,27 @@ def test_the_step_cost_runs(tmp_path: Path) -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     cost = json.loads(done.stdout)
     assert 0 < cost["tensors_cpu_s"] < cost["step_cpu_s"]
+
+
+def test_the_structured_output_bench_runs(tiny: Path) -> None:
+    script = ROOT / "benchmarks" / "bench_structured.py"
+    command = [
+        sys.executable,
+        script,
+        "--model",
+        tiny,
+        "--threads",
+        "1",
+        "--batch",
+        "2",
+        "--rounds",
+        "1",
+        "--steps",
+        "3",
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    cells = json.loads(done.stdout.splitlines()[-1])
+    assert {cell["kind"]: cell["rounds"][0]["masks_s"] > 0 for cell in cells} == {
+        "plain": False, "biased": False, "json": True
+    }  # fmt: skip
+    assert "| 1 | 2 | " in done.stdout

@@ -11,6 +11,11 @@ from contextlib import contextmanager
 from baton.engine.sampling_state import SamplingState
 
 
+def _make(states: list[SamplingState]) -> None:
+    for state in states:
+        state.mask()
+
+
 class MaskMaker:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "baton-masks")
@@ -18,17 +23,16 @@ class MaskMaker:
     @contextmanager
     def beside(self, states: Iterable[SamplingState | None]) -> Iterator[None]:
         """What the block does not wait for is there when it is left; until then nobody else may use the states."""
-        making = [
-            self._thread.submit(state.mask)
-            for state in states
-            if state is not None and state.matcher is not None
-        ]
+        constrained = [state for state in states if state is not None and state.matcher is not None]
+        if not constrained:
+            yield
+            return
+        making = self._thread.submit(_make, constrained)
         try:
             yield
         finally:
-            wait(making)
-        for made in making:
-            made.result()
+            wait((making,))
+        making.result()
 
     def close(self) -> None:
         self._thread.shutdown()

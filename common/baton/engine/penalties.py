@@ -5,11 +5,13 @@
 Each row is computed from itself alone. Rows without a state keep their logits.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from baton.engine.sampling_state import SamplingState
 
@@ -57,11 +59,17 @@ def _mask(logits: Tensor, rows: Sequence[Row]) -> None:
     masks = [(index, mask) for index, state in rows if (mask := state.mask()) is not None]
     if not masks:
         return
-    words = torch.from_numpy(np.stack([mask for _, mask in masks])).to(logits.device)
-    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-    allowed = (words[:, :, None] >> bits & 1).flatten(1)[:, : logits.shape[-1]].bool()  # [M, V]
-    index = torch.tensor([index for index, _ in masks], device=logits.device)
-    logits[index] = logits[index].masked_fill_(~allowed, -torch.inf)
+    octets = torch.from_numpy(np.stack([mask for _, mask in masks]).view(np.uint8)).to(logits.device)
+    # [M, V], 0 or -inf. Made a byte at a time, and added, it takes a fraction of what filling in by single bits does.
+    biases = F.embedding(octets.int(), _biases_of_octets(logits.device)).flatten(1)[:, : logits.shape[-1]]
+    logits.index_add_(0, torch.tensor([index for index, _ in masks], device=logits.device), biases)
+
+
+@functools.cache
+def _biases_of_octets(device: torch.device) -> Tensor:
+    """[256, 8]: 0 for a bit that is set, -inf for one that is not; the lowest first."""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return torch.zeros(256, 8).masked_fill_(bits == 0, -torch.inf).to(device)
 
 
 def _forbid(logits: Tensor, rows: Sequence[Row]) -> None:
