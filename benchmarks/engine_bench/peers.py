@@ -8,12 +8,15 @@ Made by `python benchmarks/bench_engine.py --make-peer-env DIR`:
 - vLLM's own advice for CPUs is followed: tcmalloc and Intel's OpenMP are preloaded. tcmalloc is Debian's
   `libtcmalloc-minimal4`; where it is missing vLLM runs without, and the table says so;
 - one line of vLLM's NIXL connector is changed so that BENCH_NIXL_PROGRESS_THREAD=0 switches off NIXL's progress thread,
-  which takes a core per idle process; without the variable it is as shipped.
+  which takes a core per idle process; without the variable it is as shipped;
+- the same connector moves the thread that it is made in, which is the one that computes, to the last core of the
+  machine. Of two servers on two cores both would compute on one: where the progress thread is off, the bench moves
+  them back once they are up.
 """
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -80,7 +83,8 @@ class Peers:
         return Spec(name, (self._vllm(port, model, cores, flags, {}),), (f"http://127.0.0.1:{port}",))
 
     def vllm_pair(self, name: str, model: Path, *, progress_thread: bool) -> Spec:
-        """One prefill and one decode server of one thread each, over NIXL, behind the proxy."""
+        """One prefill and one decode server of one thread each, over NIXL, behind the proxy. `progress_thread`: as
+        shipped."""
         proxy, *ports = free_ports(5)
         processes = []
         for core, role in enumerate(("kv_producer", "kv_consumer")):
@@ -91,7 +95,8 @@ class Peers:
                 "BENCH_NIXL_PROGRESS_THREAD": str(int(progress_thread)),
             }
             flags = ("--kv-transfer-config", transfer)
-            processes.append(self._vllm(ports[core], model, str(core), flags, env))
+            server = self._vllm(ports[core], model, str(core), flags, env)
+            processes.append(server if progress_thread else replace(server, core=core))
         urls = [f"http://127.0.0.1:{port}" for port in ports[:2]]
         script = str(Path(__file__).with_name("nixl_proxy.py"))
         processes.append(Process((self._bin("python"), script, str(proxy), *urls)))

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 START_S = 900.0  # a compiling engine on two cores that others use, too
-RESUME_S = 60.0
+RESUME_S = 300.0  # what a phase that failed left behind comes first
 STOP_S = 20.0
 POLL_S = 0.25
 
@@ -31,6 +31,7 @@ POLL_S = 0.25
 class Process:
     argv: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)  # on top of ours
+    core: int | None = None  # where its threads belong that it has bound to any
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,15 @@ class Server:
             return False
         return True
 
+    def bind(self) -> None:
+        """The threads that a process has bound are moved to its core; the others stay free."""
+        free = os.sched_getaffinity(0)
+        for spec, process in zip(self.spec.processes, self._processes, strict=True):
+            for thread in _threads(process.pid) if spec.core is not None else ():
+                with contextlib.suppress(ProcessLookupError):
+                    if os.sched_getaffinity(thread) != free:
+                        os.sched_setaffinity(thread, {spec.core})
+
     def pause(self) -> None:
         self._signal(signal.SIGSTOP)
 
@@ -126,15 +136,26 @@ class Server:
                 process.send_signal(number)
 
     def _tree(self) -> list[psutil.Process]:
-        found: list[psutil.Process] = []
-        for process in self._processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                root = psutil.Process(process.pid)
-                found += [root, *root.children(recursive=True)]
-        return found
+        return [each for process in self._processes for each in _family(process.pid)]
 
     def _tail(self) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _threads(pid: int) -> list[int]:
+    found: list[int] = []
+    for process in _family(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [thread.id for thread in process.threads()]
+    return found
 
 
 def free_ports(number: int) -> list[int]:
@@ -169,6 +190,7 @@ def all_running(
                 failed(server.spec, str(error))
                 server.stop()
                 continue
+            server.bind()
             server.pause()
             up.append(server)
             say(f"{server.spec.name} is up, {server.memory_bytes() / 2**30:.1f} GiB")
