@@ -142,7 +142,7 @@ def cluster_port() -> int:
     ("url", "where"),
     [
         ("redis+sentinel://u:p@a,b:26380/main", "redis+sentinel://a:26379,b:26380/main/0"),
-        ("rediss+sentinel://a/main/3?ssl_ca_certs=/ca", "rediss+sentinel://a:26379/main/3"),
+        ("rediss+sentinel://a/main/3?ssl_cert_reqs=required", "rediss+sentinel://a:26379/main/3"),
         ("redis+cluster://:p@a:7000,[::1]:7001", "redis+cluster://a:7000,[::1]:7001"),
         ("rediss+cluster://a/0", "rediss+cluster://a:6379"),
         ("rediss://u:p@a/1", "rediss://a:6379/1"),

@@ -17,6 +17,7 @@ Every round trip ends within `timeout_s`, whatever Redis does; no call is retrie
 import itertools
 import logging
 import math
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
@@ -366,8 +367,14 @@ class _Server:
         except AuthenticationError:
             raise Unavailable(f"Redis at {self.where} refused the user or password of the URL") from None
         except (RedisError, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise Unavailable(f"Redis at {self.where}: {reason}") from error
+            raise Unavailable(f"Redis at {self.where}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    met = error.__context__  # where redis-py leaves what it translates
+    if isinstance(met, ssl.SSLCertVerificationError):
+        return f"its certificate is refused ({met.verify_message}); ssl_ca_certs in the URL names its authority's file"
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _pack(hashes: Sequence[BlockHash]) -> bytes:

@@ -16,6 +16,7 @@ leaves its reply on the connection for the next call. All our keys lie in one sl
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
@@ -73,6 +74,7 @@ def parse_redis_url(url: str) -> RedisUrl:
 
 def open_source(url: RedisUrl, key: str, timeout_s: float) -> Source:
     """Connects on first use. `key`: one of those that will be asked for, all of one slot. Raises ConfigError."""
+    _check_files(url)
     options = url.options | {
         "protocol": 2,  # the same replies from every server version
         "decode_responses": False,
@@ -91,6 +93,13 @@ def open_source(url: RedisUrl, key: str, timeout_s: float) -> Source:
         why = f"the Redis URL at {url.where} has an option that redis-py does not know"
         raise ConfigError(why) from None
     return Source(pool, ())
+
+
+def _check_files(url: RedisUrl) -> None:
+    for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
+        file = url.options.get(name)
+        if file is not None and not Path(file).is_file():
+            raise ConfigError(f"{name} of the Redis URL at {url.where}: there is no file {file}")
 
 
 # --- reading ---
