@@ -56,7 +56,7 @@ test-containers: $(INSTALLED)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check podman-compose
 	tests/deploy/build_images.sh
 	. tests/deploy/podman_env.sh && PATH="$(abspath $(BIN)):$$PATH" BATON_TEST_CONTAINERS=1 \
-		$(BIN)/python -m pytest -v tests/deploy/test_containers.py $(ARGS)
+		$(BIN)/python -m pytest -v -m containers tests/deploy $(ARGS)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m mkdocs build --strict

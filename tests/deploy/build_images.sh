@@ -10,6 +10,7 @@ source tests/deploy/podman_env.sh
 
 PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 REDIS_IMAGE=docker.io/library/redis:7-bookworm
+PROMETHEUS_IMAGE=$(grep -o 'docker.io/prom/prometheus:[^ ]*' compose.yaml)
 CERTIFICATES=/etc/ssl/certs/ca-certificates.crt
 
 mounts=(-v "$CERTIFICATES:$CERTIFICATES:ro")
@@ -32,8 +33,20 @@ make_stand_ins() {
     rm -rf "$work"
 }
 
+# Another version than its name says: Debian's.
+make_prometheus_stand_in() {
+    echo "$PROMETHEUS_IMAGE cannot be pulled: Debian's Prometheus stands in for it"
+    printf '%s\n' "FROM $PYTHON_IMAGE" \
+        'RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus' \
+        'USER nobody' 'ENTRYPOINT ["/usr/bin/prometheus"]' \
+        | podman build --quiet --network host -t "$PROMETHEUS_IMAGE" -f - "$(mktemp -d)"
+}
+
 if ! podman image exists "$PYTHON_IMAGE" || ! podman image exists "$REDIS_IMAGE"; then
     timeout 60 podman pull --quiet "$PYTHON_IMAGE" "$REDIS_IMAGE" || make_stand_ins
+fi
+if ! podman image exists "$PROMETHEUS_IMAGE"; then
+    timeout 60 podman pull --quiet "$PROMETHEUS_IMAGE" || make_prometheus_stand_in
 fi
 for target in router worker; do
     podman build --network host --format docker "${mounts[@]}" -f services/Dockerfile --target "$target" \

@@ -1,6 +1,7 @@
 """The chart as Helm sees it: renders, lints and checks it with the real engine from PyPI, without a cluster.
 
-Run as a script it writes the settings' part of helm/baton/values.schema.json, which is made from `baton.config`.
+Run as a script it writes what is made from other things: the settings' part of helm/baton/values.schema.json, from
+`baton.config`, and compose/alerts.yaml, from the chart's PrometheusRule.
 """
 
 import functools
@@ -18,6 +19,7 @@ from baton.config import ModelConfig, RouterConfig, WorkerConfig, describe
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "baton"
 SCHEMA = CHART / "values.schema.json"
+COMPOSE_ALERTS = ROOT / "compose" / "alerts.yaml"
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "helm" / "examples").glob("*.yaml"))}
 
 # What the chart says itself, from its own values, so that ports, probes, Services and policies agree.
@@ -175,5 +177,17 @@ def write_schema() -> None:
     SCHEMA.write_text(json.dumps(schema, indent=2) + "\n")
 
 
+# --- the alerts of compose.yaml ---
+
+
+def compose_alerts() -> str:
+    """The chart's rules for the one job that compose/prometheus.yaml scrapes."""
+    (rules,) = of_kind(manifests({"monitoring": {"alerts": {"enabled": True}}}), "PrometheusRule")
+    text = yaml.safe_dump(rules["spec"], sort_keys=False, width=110)
+    header = "# Made from helm/baton/templates/alerts.yaml:   .venv/bin/python tests/deploy/helm_engine.py\n"
+    return header + text.replace('job="prod/demo-baton"', 'job="baton"')
+
+
 if __name__ == "__main__":
     write_schema()
+    COMPOSE_ALERTS.write_text(compose_alerts())

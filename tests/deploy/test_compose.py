@@ -169,6 +169,23 @@ def test_prometheus_scrapes_the_metrics_port_of_every_process(tmp_path: Path) ->
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_prometheus_has_the_alerts_of_the_chart() -> None:
+    """Made by `.venv/bin/python tests/deploy/helm_engine.py`."""
+    from helm_engine import COMPOSE_ALERTS, compose_alerts
+
+    assert COMPOSE_ALERTS.read_text() == compose_alerts()
+    prometheus = yaml.safe_load((CONFIGS_OF_OBSERVERS / "prometheus.yaml").read_text())
+    [rules] = prometheus["rule_files"]
+    mounted = {v.split(":")[1]: v.split(":")[0] for v in OBSERVERS["prometheus"]["volumes"]}
+    assert ROOT / mounted[f"/etc/{rules}"] == COMPOSE_ALERTS  # beside the file that names it
+    # What the rules select and group by is what Prometheus gives here.
+    [job] = prometheus["scrape_configs"]
+    text = COMPOSE_ALERTS.read_text()
+    assert set(re.findall(r'\bjob="([^"]*)"', text)) == {job["job_name"]}
+    given = {relabelling["target_label"] for relabelling in job["relabel_configs"]}
+    assert set(re.findall(r"labels\.(\w+)", text)) == given
+
+
 def test_traces_find_their_way_to_jaeger() -> None:
     asked = re.search(r"OTEL_EXPORTER_OTLP_ENDPOINT=http://([\w-]+):(\d+) docker compose", COMPOSE_TEXT)
     assert asked is not None

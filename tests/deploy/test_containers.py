@@ -5,26 +5,16 @@ these tests; everybody else skips them.
 """
 
 import json
-import os
-import shutil
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
+from containers import MARKS, URL, ask, compose, containers, health, num_proven_pairs, run, running, wait
 
-ROOT = Path(__file__).parents[2]
-PROJECT = "baton-test"
-PORT = 18080
-URL = f"http://127.0.0.1:{PORT}"
-QUESTION = {
-    "model": "demo",
-    "messages": [{"role": "user", "content": "ada oslo, bob lima, gus boston. bob?"}],
-    "temperature": 0,
-}
+import baton
+
 LONG = {
     "model": "demo",
     "messages": [{"role": "user", "content": "repeat: tea milk sugar"}],
@@ -32,78 +22,15 @@ LONG = {
     "ignore_eos": True,
     "stream": True,
 }
+BUILD_TOOLS = "gcc g++ cc c++ clang ld as make cmake git pip pip3"
 
-pytestmark = [
-    pytest.mark.containers,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(
-        os.environ.get("BATON_TEST_CONTAINERS") != "1",
-        reason="containers are tested by `make test-containers`",
-    ),
-]
-
-
-def run(*command: str, check: bool = True) -> str:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0 or not check, f"{' '.join(command)}: {done.stdout}{done.stderr}"
-    return done.stdout
-
-
-def compose(*arguments: str) -> str:
-    return run("podman-compose", "-p", PROJECT, "-f", "compose.yaml", *arguments)
-
-
-def containers(service: str) -> list[str]:
-    """Names of those that run."""
-    names = run("podman", "ps", "--format", "{{.Names}}").split()
-    return sorted(name for name in names if name.startswith(f"{PROJECT}_{service}_"))
-
-
-def health() -> dict[str, Any]:
-    answer: dict[str, Any] = httpx.get(f"{URL}/health", timeout=5.0).json()
-    return answer
-
-
-def wait(for_what: str, holds: Callable[[], bool], timeout_s: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            if holds():
-                return
-        except httpx.HTTPError:
-            pass
-        assert time.monotonic() < deadline, f"{for_what} took longer than {timeout_s:g} s"
-        time.sleep(0.5)
-
-
-def num_proven_pairs() -> int:
-    return len(health()["pairs"])
-
-
-def ask() -> str:
-    answer = httpx.post(f"{URL}/v1/chat/completions", json=QUESTION, timeout=30.0)
-    assert answer.status_code == 200, answer.text
-    text: str = answer.json()["choices"][0]["message"]["content"]
-    return text
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[None]:
-    for program in ("podman", "podman-compose"):
-        if shutil.which(program) is None:
-            pytest.fail(f"{program} is not installed")
-    os.environ["BATON_PUBLISH"] = f"127.0.0.1:{PORT}"
-    compose("up", "-d", "--no-build")
-    try:
-        wait("the first pair", lambda: num_proven_pairs() == 1)
+    with running("up", "-d", "--no-build"):
         yield
-    finally:
-        names = run("podman", "ps", "-a", "--format", "{{.Names}}").split()
-        ours = [name for name in names if name.startswith(f"{PROJECT}_")]
-        run(
-            "podman", "rm", "-f", "--time", "5", *ours, check=False
-        )  # `down` would leave those of --scale behind
-        compose("down", "-v")
 
 
 def test_it_answers_through_a_pair(fleet: None) -> None:
@@ -172,3 +99,21 @@ def test_a_container_stops_within_its_grace(fleet: None) -> None:
     assert run("podman", "inspect", "--format", "{{.State.ExitCode}}", name).strip() == "0"
     assert time.monotonic() - started < 30.0
     assert ask() == "bob lima"
+
+
+@pytest.mark.parametrize("image", ["baton-router", "baton-worker"])
+def test_nothing_that_builds_or_installs_is_in_the_images(image: str) -> None:
+    look = ["podman", "run", "--rm", "--entrypoint", "sh", image, "-c"]
+    assert run(*look, f"for tool in {BUILD_TOOLS}; do command -v $tool; done; true") == ""
+    for python in ("python", "/opt/baton/bin/python"):
+        for module in ("pip", "ensurepip"):
+            assert "No module named" in run(*look, f"{python} -m {module} 2>&1; true")
+
+
+@pytest.mark.parametrize("image", ["baton-router", "baton-worker"])
+def test_the_images_say_what_they_are(image: str) -> None:
+    [config] = json.loads(run("podman", "inspect", image))
+    labels = {name.removeprefix("org.opencontainers.image."): v for name, v in config["Labels"].items()}
+    assert labels["title"] == "baton" and labels["version"] == baton.__version__
+    assert labels["licenses"] == "Apache-2.0" and labels["description"]
+    assert labels["source"] and len(labels["revision"]) == 40
