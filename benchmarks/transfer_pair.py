@@ -26,14 +26,15 @@ from typing import Self
 import trustme
 import uvloop
 
+from baton.certificates import load_certificates
 from baton.clock import SystemClock
+from baton.config import TlsConfig
 from baton.errors import TransferError
 from baton.messages import BlockLedger, BlocksCall
 from baton.request import RequestId, WorkerId
 from baton.rpc import STATUS_BLOCKS, GrpcRpc
 from baton.transfer.base import MAX_IN_FLIGHT, Connection, Transport
 from baton.transfer.choose import make_transport
-from baton.transfer.tls import load_tls
 from baton.transfer.wire import PieceHeader
 
 HOST = "127.0.0.1"
@@ -70,13 +71,14 @@ def make(name: str, certificates: str) -> Transport:
     """`certificates` is a directory that `make_certificates` filled."""
     if name != TLS:
         return make_transport(name, SystemClock(), HOST)
-    tls = load_tls(*(f"{certificates}/{file}.pem" for file in ("cert", "key", "ca")))
+    files = (f"{certificates}/{file}.pem" for file in ("cert", "key", "ca"))
+    tls = load_certificates(TlsConfig(*files), "worker", SystemClock())
     return make_transport("tcp", SystemClock(), HOST, tls=tls)
 
 
 def make_certificates(directory: Path) -> None:
     ca = trustme.CA()
-    certificate = ca.issue_cert("worker.example")
+    certificate = ca.issue_cert("worker.baton")
     ca.cert_pem.write_to_path(directory / "ca.pem")
     certificate.cert_chain_pems[0].write_to_path(directory / "cert.pem")
     certificate.private_key_pem.write_to_path(directory / "key.pem")

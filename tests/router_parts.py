@@ -221,6 +221,9 @@ class ScriptedFleet:
     def refused_pairs(self) -> dict[tuple[WorkerId, WorkerId], str]:
         return self.refused
 
+    def unreachable(self) -> dict[str, str]:
+        return {}
+
     def pair_counts(self) -> dict[tuple[WorkerId, WorkerId], PairCounts]:
         return {}
 

@@ -27,6 +27,7 @@ RUN_BY = {
     "baton chat": "tests/test_cli.py",
     "baton doctor": "tests/test_ledger.py",
     "baton loadtest": "tests/test_cli.py",
+    "baton certs": "tests/test_certificates.py",
     "baton generate": "tests/test_generate.py",
     "baton models": "tests/test_models.py",
     "curl": "tests/test_system_api.py",

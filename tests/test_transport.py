@@ -28,7 +28,9 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baton.certificates import Certificates, load_certificates
 from baton.clock import Clock, SystemClock, VirtualClock
+from baton.config import TlsConfig
 from baton.errors import ConfigError, TransferError, TransferRefused
 from baton.request import RequestId
 from baton.transfer import framing
@@ -38,7 +40,6 @@ from baton.transfer.choose import available, make_transport
 from baton.transfer.inproc import Faults, InprocNetwork, InprocTransport
 from baton.transfer.shm import ShmTransport, boot_id, make_ring
 from baton.transfer.tcp import TcpTransport
-from baton.transfer.tls import Tls, load_tls
 from baton.transfer.ucx import UcxTransport
 from baton.transfer.ucx_library import _lanes
 from baton.transfer.vector import Vector
@@ -125,20 +126,25 @@ class Sink:
 
 
 @cache
-def certificates(authority: str) -> tuple[str, str, str]:
+def authority_of(name: str) -> trustme.CA:
+    return trustme.CA()
+
+
+@cache
+def certificates(authority: str, name: str = "worker.baton") -> tuple[str, str, str]:
     """PEM files: a certificate by this authority, its key, the authority."""
     directory = Path(tempfile.mkdtemp(prefix="baton-test-tls-"))
     atexit.register(shutil.rmtree, directory)
-    ca = trustme.CA()
+    ca = authority_of(authority)
     ca.cert_pem.write_to_path(directory / "ca.pem")
-    certificate = ca.issue_cert("worker.example")
+    certificate = ca.issue_cert(name)
     certificate.cert_chain_pems[0].write_to_path(directory / "cert.pem")
     certificate.private_key_pem.write_to_path(directory / "key.pem")
     return str(directory / "cert.pem"), str(directory / "key.pem"), str(directory / "ca.pem")
 
 
-def tls_of(authority: str) -> Tls | None:
-    return load_tls(*certificates(authority))
+def tls_of(authority: str) -> Certificates | None:
+    return load_certificates(TlsConfig(*certificates(authority)), "worker", SystemClock())
 
 
 class World:
@@ -880,13 +886,13 @@ class TestTcpOnTheWire:
 class TestTls:
     """Who is let in, and what those are told who are not."""
 
-    PLAIN = "the peer speaks TLS: set transfer.tls_cert, tls_key and tls_ca here too"
+    PLAIN = "the peer speaks TLS: set tls.cert, tls.key and tls.ca here too"
 
     @pytest.mark.parametrize(
         ("receiver", "sender", "message"),
         [
             pytest.param("fleet", None, PLAIN, id="plain-sender"),
-            pytest.param(None, "fleet", "the peer speaks no TLS: set transfer.tls_cert", id="plain-receiver"),
+            pytest.param(None, "fleet", "the peer speaks no TLS: set tls.cert", id="plain-receiver"),
             pytest.param("fleet", "other", "certificate is not accepted here", id="another-authority"),
         ],
     )
@@ -946,15 +952,55 @@ class TestTls:
         assert len(seen) > len(secret)
         assert b"nobody" not in seen and b"BATN" not in seen
 
-    def test_settings_that_cannot_be(self, tmp_path: Path) -> None:
-        cert, key, ca = certificates("fleet")
-        _, other_key, _ = certificates("other")
-        assert load_tls(None, None, None) is None
-        with pytest.raises(ConfigError, match="set all three, or none"):
-            load_tls(cert, None, ca)
-        for files in ((str(tmp_path / "gone"), key, ca), (cert, other_key, ca), (cert, key, key)):
-            with pytest.raises(ConfigError, match=r"cannot read transfer\.tls_cert"):
-                load_tls(*files)
+    async def test_a_router_is_no_worker(self) -> None:
+        """Of the same authority, but in another role: neither side takes it."""
+        async with transport_of("tcp", tls=tls_of("fleet")) as transport:
+            port = int((await transport.listen(Sink())).rpartition(":")[2])
+            router = certificates("fleet", "router.baton")
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname = False
+            context.load_verify_locations(router[2])
+            context.load_cert_chain(router[0], router[1])
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                assert await reader.read() == b""  # no hello
+            writer.close()
+
+            async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                await reader.read()
+                writer.close()
+
+            accepting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            accepting.load_cert_chain(router[0], router[1])
+            server = await asyncio.start_server(hang, "127.0.0.1", 0, ssl=accepting)
+            address = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            with pytest.raises(TransferError, match=r"certificate is not valid for 'worker\.baton'"):
+                await transport.connect(address, timeout_s=PUSH_S)
+            server.close()
+            await server.wait_closed()
+
+    async def test_connections_take_the_certificate_that_is_there_by_then(self, tmp_path: Path) -> None:
+        for file, source in zip(("cert", "key", "ca"), certificates("fleet"), strict=True):
+            shutil.copy(source, tmp_path / file)
+        files = [str(tmp_path / name) for name in ("cert", "key", "ca")]
+        tls = load_certificates(TlsConfig(*files), "worker", SystemClock())
+        sink = Sink()
+        async with (
+            transport_of("tcp", tls=tls) as transport,
+            transport_of("tcp", tls=tls_of("fleet")) as former,
+            transport_of("tcp", tls=tls_of("other")) as renewed,
+        ):
+            address = await transport.listen(sink)
+            running = await former.connect(address, timeout_s=PUSH_S)
+            await push(running, b"before")
+            for target, source in zip(files, certificates("other"), strict=True):
+                shutil.copy(source, target)
+            await push(await renewed.connect(address, timeout_s=PUSH_S), b"after")
+            await push(running, b"still there")
+            with pytest.raises(TransferError, match="not accepted here"):
+                await former.connect(address, timeout_s=PUSH_S)
+
+    def test_ucx_is_refused_with_certificates(self) -> None:
         with pytest.raises(ConfigError, match="ucx cannot encrypt"):
             make_transport("ucx", SystemClock(), "127.0.0.1", tls=tls_of("fleet"))
 

@@ -68,14 +68,22 @@ class TransferConfig:
     host: str = "127.0.0.1"  # address that the transport binds
     port: Port = 0  # that TCP binds, for networks with rules; 0: any free one. UCX: set UCX_TCP_PORT_RANGE
     advertise_host: str | None = None  # address that peers connect to, when it is another
-    tls_cert: str | None = None  # PEM file: KV over TCP is encrypted, peers without TLS are refused
-    tls_key: str | None = None  # PEM file of its key
-    tls_ca: str | None = None  # PEM file: peers show a certificate of this authority
+    encrypt: bool = True  # with tls.cert, KV leaves the host under TLS only; off: in the clear, as UCX needs
     lease_s: Seconds = 10.0  # a hand-over that makes no progress for this long has failed
     push_timeout_s: Seconds = 6.0  # for one piece; a receiver gives it half as long again, within its lease
     piece_bytes: Count = 4 * 2**20  # blocks are sent in pieces of about this size
     min_piece_bytes: Count = 2**20  # less waits for what joins it, until the whole prompt is computed
     num_layer_groups: Count = 8  # parts of a step's layers whose KV leaves before the step ends; 1: none does
+
+
+@dataclass(frozen=True)
+class TlsConfig:
+    """Of this process. Files are read again when they change."""
+
+    cert: str | None = None  # PEM file: gRPC between router and workers, and KV over TCP, are under TLS
+    key: str | None = None  # PEM file of its key
+    ca: str | None = None  # PEM file: peers must show a certificate of this authority
+    domain: str = "baton"  # certificates are for the DNS names router.DOMAIN and worker.DOMAIN
 
 
 @dataclass(frozen=True)
@@ -96,12 +104,14 @@ class WorkerConfig:
     port: Port = 0  # of the gRPC server; 0: any free one
     advertise_host: str | None = None  # address that peers connect to, when it is another
     metrics_port: Port | None = None  # plain HTTP /metrics; none when absent
+    health_port: Port | None = None  # gRPC health without TLS, nothing else, for probes; none when absent
     heartbeat_s: Seconds = 1.0  # between two signs of life on a session that has nothing to say
     stop_grace_s: Seconds = 10.0  # after SIGTERM, for running requests to end
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
 
     def __post_init__(self) -> None:
         if not self.roles:
@@ -119,12 +129,14 @@ class RouterConfig:
     reserve_timeout_s: Seconds = 30.0  # from submission to the ticket
     session_timeout_s: Seconds = 5.0  # a decode session without any message for this long is lost
     api_keys_file: str | None = None  # one key per line; /v1 and gRPC then need Authorization: Bearer
+    grpc_tls: Literal["none", "server", "mutual"] = "none"  # gRPC API; mutual: clients need certificates
     max_num_requests: Count = 1024  # in flight; more are refused with 429
     canary_interval_s: Seconds = 300.0  # a pair that carries traffic proves itself again this often
     stop_grace_s: Seconds = 5.0  # after SIGTERM, for running requests to end
     log_prompts: bool = False  # log every request with the text of its prompt; else no log has any of it
     model: ModelConfig = field(default_factory=ModelConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
 
 
 @dataclass(frozen=True)
@@ -149,6 +161,13 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class ProbeConfig:
+    """`baton probe`: the certificate that it shows."""
+
+    tls: TlsConfig = field(default_factory=TlsConfig)
+
+
+@dataclass(frozen=True)
 class LogConfig:
     level: Literal["debug", "info", "warning", "error"] = "info"  # the least severe records that are shown
     format: Literal["auto", "text", "json"] = "auto"  # auto: text on a terminal, JSON elsewhere
@@ -163,7 +182,9 @@ class Setting(NamedTuple):
 
 def flag(path: str) -> str:
     """`--block-size` for `engine.block_size`; a flag that may be repeated has a singular name."""
-    return "--role" if path == "roles" else "--" + path.rpartition(".")[2].replace("_", "-")
+    section, _, name = path.rpartition(".")
+    name = {"roles": "role"}.get(path, f"tls-{name}" if section == "tls" else name)
+    return "--" + name.replace("_", "-")
 
 
 @functools.cache

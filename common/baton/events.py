@@ -12,7 +12,16 @@ from baton.clock import Clock
 from baton.request import Request
 
 # What an operator must see without asking for it: bytes that changed on the way between two workers.
-WARNINGS = frozenset({"piece.mismatch", "piece.corrupt", "handover.repaired", "pair.quarantined"})
+WARNINGS = frozenset(
+    {
+        "piece.mismatch",
+        "piece.corrupt",
+        "handover.repaired",
+        "pair.quarantined",
+        "link.failed",
+        "worker.unreachable",
+    }
+)
 
 
 class Emit(Protocol):

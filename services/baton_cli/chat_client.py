@@ -29,6 +29,7 @@ class ChatClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        self.has_key = api_key is not None
         self.request_id: str | None = None  # of the latest answer, as its server named it
         self._http = httpx.AsyncClient(
             base_url=self.base_url,

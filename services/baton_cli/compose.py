@@ -14,6 +14,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from baton.certificates import Certificates, load_certificates
 from baton.clock import Clock, SystemClock
 from baton.config import WorkerConfig
 from baton.engine.batch import Pressure, StepOutput
@@ -30,11 +31,10 @@ from baton.kv.staging import for_transfer
 from baton.messages import Role, WorkerRecord
 from baton.otel import tracing
 from baton.request import WorkerId
-from baton.rpc import GrpcRpc, Handlers
+from baton.rpc import GrpcRpc, Handlers, Security
 from baton.telemetry import event
 from baton.transfer.base import Transport
 from baton.transfer.choose import make_transport
-from baton.transfer.tls import load_tls
 from baton.vllm_metrics import WorkerVllmNames
 from baton.worker_metrics import WorkerMetrics, serve_metrics
 from baton_decode.service import DecodeService
@@ -51,6 +51,7 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
     emit = LogEvents(log)
     registry = CollectorRegistry()
     metrics = WorkerMetrics(registry)
+    certificates = load_certificates(config.tls, "worker", clock)
     loaded = await asyncio.to_thread(load_runner, config.model, config.engine)
     runner = loaded.runner
     async with contextlib.AsyncExitStack() as closing:
@@ -63,7 +64,7 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
             kv.host,
             port=kv.port,
             advertise_host=_advertise_host(kv.host, kv.advertise_host),
-            tls=load_tls(kv.tls_cert, kv.tls_key, kv.tls_ca),
+            tls=certificates if kv.encrypt else None,
             piece_timeout_s=1.5 * kv.push_timeout_s,  # longer than a healthy sender waits
         )
         closing.push_async_callback(transport.aclose)
@@ -103,7 +104,7 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
         event(log, "KV comes in over", transports=transport.name, address=kv_address)
         tune_garbage_collector()
         await worker.serve(
-            GrpcRpc(clock),
+            _rpc(config, clock, certificates),
             f"{config.host}:{config.port}",
             handlers,
             stop=stop,
@@ -111,6 +112,13 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
             ready=lambda record: ready(_shown(record, metrics_port)),
             advertise_host=_advertise_host(config.host, config.advertise_host),
         )
+
+
+def _rpc(config: WorkerConfig, clock: Clock, certificates: Certificates | None) -> GrpcRpc:
+    """Only routers may call a worker. Kubelets, which have no certificate, ask its health port."""
+    security = Security(certificates, callers="router") if certificates is not None else None
+    health = None if config.health_port is None else f"{config.host}:{config.health_port}"
+    return GrpcRpc(clock, security=security, health_address=health)
 
 
 def _advertise_host(bound: str, configured: str | None) -> str | None:

@@ -24,7 +24,12 @@ class Finding:
 def diagnose(health: dict[str, Any], blocks: dict[str, Any]) -> list[Finding]:
     """What a person should know, problems first. A pure function of what the router says."""
     findings = [Finding(True, reason) for reason in health["reasons"]]
-    findings += [Finding(True, f"{w['id']} does not answer") for w in health["workers"] if not w["ready"]]
+    findings += [
+        Finding(True, f"{w['id']} does not answer")
+        for w in health["workers"]
+        if not w["ready"]
+        and not any(reason.startswith(f"{w['id']} is not used") for reason in health["reasons"])
+    ]
     for worker_id, ledger in blocks["workers"].items():
         findings += _of_worker(worker_id, ledger)
     for pair in health["pairs"]:

@@ -33,9 +33,8 @@ async def show_first_request(client: ChatClient, model: str, *, is_demo: bool, c
     console.print(_verdict("".join(pieces), expected))
     if client.request_id:
         console.print(_how_it_was_made(await client.get_json(f"/debug/requests/{client.request_id}")))
-    console.print(
-        _curl(client.base_url, model, "bob lima, ada oslo. ada?" if is_demo else prompt), soft_wrap=True
-    )
+    asked = "bob lima, ada oslo. ada?" if is_demo else prompt
+    console.print(_curl(client.base_url, model, asked, has_key=client.has_key), soft_wrap=True)
 
 
 def _verdict(answer: str, expected: str | None) -> Text:
@@ -82,10 +81,12 @@ def _size(num_bytes: int | None) -> str:
     return f"{size:.4g} GiB"
 
 
-def _curl(base_url: str, model: str, prompt: str) -> Text:
+def _curl(base_url: str, model: str, prompt: str, *, has_key: bool) -> Text:
+    """The key itself is not shown: terminals are recorded."""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": prompt}], "stream": True})
     quoted = body.replace("'", "'\\''")
+    key = ' -H "authorization: Bearer $OPENAI_API_KEY"' if has_key else ""
     return Text(
-        f"\ncurl -N {base_url}/v1/chat/completions -H 'content-type: application/json' -d '{quoted}'\n",
+        f"\ncurl -N {base_url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{quoted}'\n",
         style="cyan",
     )

@@ -16,6 +16,7 @@ from baton.config import Setting, describe, flag
 F = TypeVar("F", bound=Callable[..., Any])
 
 MODEL = ("model.model", "model.served_model_name", "model.max_model_len")
+TLS = ("tls.cert", "tls.key", "tls.ca", "tls.domain")
 INDEX = ("index.index", "index.redis_url")
 ENGINE = (
     "model.dtype",

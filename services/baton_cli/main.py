@@ -12,20 +12,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from baton import __version__
-from baton.config import GenerateConfig, RouterConfig, UpConfig, WorkerConfig
+from baton.config import GenerateConfig, ProbeConfig, RouterConfig, UpConfig, WorkerConfig
 from baton.errors import BatonError, ConfigError
 from baton.messages import Role
-from baton_cli.flags import ADDRESS, ENGINE, INDEX, MODEL, ManyValuesCommand, overrides, settings_flags
+from baton_cli.flags import ADDRESS, ENGINE, INDEX, MODEL, TLS, ManyValuesCommand, overrides, settings_flags
 from baton_cli.process import Main, SupervisorLink, complain, run
 
 if TYPE_CHECKING:
     from baton.config import LogConfig
 
-ROUTER_FLAGS = (*ADDRESS, "grpc_port", *MODEL, *INDEX, "workers", "max_num_requests", "api_keys_file")
-WORKER_FLAGS = (*ADDRESS, "advertise_host", "metrics_port", "worker_id", *MODEL, *ENGINE, *INDEX)
+ROUTER_FLAGS = (
+    *ADDRESS,
+    "grpc_port",
+    *MODEL,
+    *INDEX,
+    "workers",
+    "max_num_requests",
+    "api_keys_file",
+    *TLS,
+    "grpc_tls",
+)
+WORKER_FLAGS = (
+    *ADDRESS,
+    "advertise_host",
+    "metrics_port",
+    "health_port",
+    "worker_id",
+    *MODEL,
+    *ENGINE,
+    *INDEX,
+    *TLS,
+)
 ANY_WORKER_FLAGS = ("roles", *WORKER_FLAGS)
 GENERATE_FLAGS = (*MODEL, *(path for path in ENGINE if not path.startswith("transfer.")))
-UP_FLAGS = (*ADDRESS, *MODEL, "prefill", "decode", *ENGINE, *INDEX, "api_keys_file")
+UP_FLAGS = (*ADDRESS, *MODEL, "prefill", "decode", *ENGINE, *INDEX, "api_keys_file", *TLS)
 
 ConfigFile = Annotated[
     Path | None,
@@ -220,14 +240,60 @@ def loadtest(context: typer.Context) -> None:
 
 
 @app.command()
+@settings_flags(ProbeConfig, TLS)
 def probe(
+    *,
     target: Annotated[str, typer.Argument(help="http://HOST:PORT/PATH, or HOST:PORT of a gRPC server.")],
     timeout: Annotated[float, typer.Option(help="Seconds.")] = 2.0,
+    peer: Annotated[str, typer.Option(metavar="router|worker", help="With TLS: what it is.")] = "worker",
+    **flags: Any,
 ) -> None:
-    """Exit code 0 when that process is healthy, 1 when not: for container health checks."""
+    """Exit code 0 when that process is healthy, 1 when not: for container health checks. With its certificate in the
+    flags, or in the environment as the process has it, it speaks TLS."""
+    from baton.settings import load
     from baton_cli.probe import probe
 
-    probe(target, timeout)
+    if peer not in ("router", "worker"):
+        raise ConfigError(f"--peer: must be 'router' or 'worker', got {peer!r}")
+    settings = load(ProbeConfig, file=None, env=os.environ, overrides=overrides(TLS, flags))
+    probe(target, timeout, settings.tls, peer)
+
+
+@app.command()
+def certs(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Where the authority and certificates are kept.")
+    ] = None,
+    secrets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="In a pod, instead of DIR: Secrets NAME-ca, NAME-router, NAME-worker."
+        ),
+    ] = None,
+    label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Of these Secrets.")] = None,
+    domain: Annotated[str, typer.Option(help="As in tls.domain.")] = "baton",
+    days: Annotated[int, typer.Option(min=1, max=3650, help="That a certificate is valid.")] = 90,
+    renew_all: Annotated[
+        bool, typer.Option("--renew", help="All, not only what is about to expire.")
+    ] = False,
+) -> None:
+    """Make, or renew, certificates for TLS between router and workers, by an authority of their own."""
+    from contextlib import nullcontext
+
+    from baton_cli.certs import ROLES, Directory, make_certificates, utc_now
+    from baton_cli.cluster_secrets import ACCOUNT, ClusterSecrets
+
+    if (directory is None) == (secrets is None):
+        raise ConfigError("certs: name a directory, or --secrets")
+    if secrets is not None:
+        labels = dict(pair.partition("=")[::2] for pair in label or ())
+        opened: Any = ClusterSecrets.in_pod(secrets, labels, os.environ, ACCOUNT)
+    else:
+        opened = nullcontext(Directory(directory or Path()))
+    roles = ("router", "worker") if secrets is not None else tuple(ROLES)
+    with opened as store:
+        made = make_certificates(store, roles, domain, days, utc_now(), renew_all=renew_all)
+    typer.echo("\n".join(made) or "all is fresh")
 
 
 @app.command()

@@ -118,6 +118,7 @@ def _worker_config(config: UpConfig, index: IndexConfig, role: Role, number: int
         model=config.model,
         engine=config.engine,
         transfer=config.transfer,
+        tls=config.tls,
         index=index,
     )
 

@@ -42,6 +42,7 @@ class Fleet:
         self.canary = Canary(clock, emit, interval_s=config.canary_interval_s)
         self.changed = asyncio.Event()  # a link rose, fell, came or went; the canary waits for it
         self._links: dict[WorkerId, tuple[Link, asyncio.Task[None]]] = {}
+        self._silent: dict[str, str] = {}  # configured addresses where no worker answers: why not
         # While `run` runs; a link's own bug ends the router loudly.
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -89,6 +90,11 @@ class Fleet:
         prefills = [record for record in records if Role.PREFILL in record.roles]
         decodes = [record for record in records if Role.DECODE in record.roles]
         return [(p, d) for p in prefills for d in decodes]
+
+    def unreachable(self) -> dict[str, str]:
+        """Workers that are known and not linked, and configured addresses where no worker answers: why not."""
+        links = {str(worker_id): link.why_down for worker_id, (link, _) in sorted(self._links.items())}
+        return {where: why for where, why in (links | self._silent).items() if why}
 
     async def blocks(self) -> dict[WorkerId, BlockLedger | BatonError]:
         """Every worker's block ledger, or why it did not answer."""
@@ -152,11 +158,19 @@ class Fleet:
                     async with self._clock.timeout(self._config.session_timeout_s):
                         status = await anext(stream)
                     record = status.record
+                    self._silent.pop(address, None)
                     self._tell_mirror(status)
-            except (StopAsyncIteration, TimeoutError, BatonError):
-                pass
+            except StopAsyncIteration:
+                why = "it ended its stream"
+            except TimeoutError:
+                why = f"it said nothing for {self._config.session_timeout_s:g} s"
+            except BatonError as error:
+                why = error.message
             finally:
                 await stream.aclose()
+            if record is None and self._silent.get(address) != why:
+                self._emit("worker.unreachable", address=address, why=why)
+            self._silent[address] = why
             if record is not None:
                 self.mirror.apply(WorkerLeft(record.worker_id, record.incarnation))
             await self._clock.sleep(RECONNECT_S)

@@ -57,6 +57,10 @@ class FleetView(Protocol):
         """What went wrong between pairs since this router started."""
         ...
 
+    def unreachable(self) -> Mapping[str, str]:
+        """Workers that are known and not linked, and configured addresses where no worker answers: why not."""
+        ...
+
     def index_health(self) -> IndexHealth: ...
 
     async def blocks(self) -> Mapping[WorkerId, BlockLedger | BatonError]:
@@ -78,9 +82,9 @@ class Readiness:
 
 def readiness(fleet: FleetView) -> Readiness:
     roles = [role for link in fleet.ready() for role in link.record.roles]
-    reasons = []
+    reasons = [f"{where} is not used: {why}" for where, why in fleet.unreachable().items()]
     if Role.DECODE not in roles:
-        return Readiness(False, ("no decode worker is ready",))
+        return Readiness(False, ("no decode worker is ready", *reasons))
     if Role.PREFILL not in roles:
         reasons.append("no prefill worker is ready: prompts are computed on decode workers")
     unproven = dict(fleet.unproven_pairs())

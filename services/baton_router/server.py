@@ -9,15 +9,17 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from baton.certificates import load_certificates
 from baton.clock import Clock, SystemClock
 from baton.config import RouterConfig
+from baton.errors import ConfigError
 from baton.events import LogEvents
 from baton.garbage import tune_garbage_collector
 from baton.index.base import PrefixIndex
 from baton.index.redis import RedisIndex
 from baton.model_files import resolve_model
 from baton.otel import tracing
-from baton.rpc import GrpcRpc, Server
+from baton.rpc import GrpcRpc, Security, Server
 from baton.tokenizer import load_tokenizer
 from baton.vllm_metrics import RouterVllmNames
 from baton_router.api_keys import load_api_keys
@@ -41,6 +43,7 @@ async def run_router(config: RouterConfig, *, stop: asyncio.Event, ready: Ready)
     """One router, until `stop` is set. `ready` gets what `baton up` shows of it. Raises ConfigError."""
     clock, emit = SystemClock(), LogEvents(log)
     keys = load_api_keys(config.api_keys_file)
+    security = _security(config, clock)
     model_dir = await asyncio.to_thread(
         resolve_model, config.model.model, config.model.revision, TOKENIZER_FILES
     )
@@ -50,7 +53,7 @@ async def run_router(config: RouterConfig, *, stop: asyncio.Event, ready: Ready)
         index = _index(config, clock)
         if index is not None:
             closing.push_async_callback(index.aclose)
-        rpc = GrpcRpc(clock, authorize=keys.check if keys else None)
+        rpc = GrpcRpc(clock, authorize=keys.check if keys else None, security=security)
         mirror = PrefixMirror(clock, grace_s=MIRROR_GRACE_LEASES * config.index.lease_s)
         fleet = Fleet(config, rpc, mirror, index, clock, emit)
         rng = random.SystemRandom()
@@ -81,6 +84,16 @@ async def run_router(config: RouterConfig, *, stop: asyncio.Event, ready: Ready)
         await asyncio.wait((following, stopping), return_when=asyncio.FIRST_COMPLETED)
         if following.done():
             following.result()
+
+
+def _security(config: RouterConfig, clock: Clock) -> Security | None:
+    certificates = load_certificates(config.tls, "router", clock)
+    if certificates is not None:
+        mode = config.grpc_tls
+        return Security(certificates, serve_plain=mode == "none", ask_callers=mode == "mutual")
+    if config.grpc_tls != "none":
+        raise ConfigError(f"grpc_tls {config.grpc_tls}: set tls.cert, tls.key and tls.ca too")
+    return None
 
 
 def _metrics(config: RouterConfig) -> RouterMetrics:

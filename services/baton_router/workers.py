@@ -78,11 +78,17 @@ class Link:
             Callable[[BatonError], None], None
         ] = {}  # whose KV is on its way out of this worker
         self._parts_up: set[str] = set()
+        self._why_down: dict[str, str] = {}  # by part: why the latest attempt failed
         self._on_change = on_change
 
     @property
     def up(self) -> bool:
         return len(self._parts_up) == (2 if Role.DECODE in self.record.roles else 1)
+
+    @property
+    def why_down(self) -> str:
+        """Empty while it is up, or was never tried."""
+        return "" if self.up else next(iter(self._why_down.values()), "")
 
     async def prefill(self, call: PrefillCall, timeout_s: float) -> AsyncGenerator[PrefillAnswer, None]:
         """Until the push has ended. Raises WorkerLost when the worker goes before."""
@@ -137,6 +143,7 @@ class Link:
                         await anext(messages)
                     if part not in self._parts_up:
                         self._parts_up.add(part)
+                        self._why_down.pop(part, None)
                         self._on_change(self)
                         self._emit("link.up", worker=self.record.worker_id, part=part)
             except StopAsyncIteration:
@@ -151,6 +158,9 @@ class Link:
                 self._parts_up.discard(part)
                 self._emit("link.down", worker=self.record.worker_id, part=part, why=why)
                 self._lost(why)
+            elif why != self._why_down.get(part):
+                self._emit("link.failed", worker=self.record.worker_id, part=part, why=why)
+            self._why_down[part] = why
             await self._clock.sleep(RECONNECT_S)
 
     async def _watch(self) -> AsyncGenerator[None, None]:

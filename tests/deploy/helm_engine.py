@@ -25,7 +25,7 @@ EXAMPLES = {path.stem: path for path in sorted((ROOT / "helm" / "examples").glob
 # What the chart says itself, from its own values, so that ports, probes, Services and policies agree.
 CHART_OWNED = {
     "host", "port", "grpc_port", "metrics_port", "advertise_host", "stop_grace_s", "roles", "worker_id", "workers",
-    "api_keys_file", "transfer.tls_cert", "transfer.tls_key", "transfer.tls_ca",
+    "api_keys_file", "health_port", "tls.cert", "tls.key", "tls.ca", "tls.domain",
     "transfer.host", "transfer.port", "transfer.advertise_host", "index.index", "index.redis_url",
 }  # fmt: skip
 SETTINGS = {"modelSettings": ModelConfig, "routerSettings": RouterConfig, "workerSettings": WorkerConfig}

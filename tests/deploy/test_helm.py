@@ -45,7 +45,7 @@ from typer.testing import CliRunner
 import baton
 import baton.rpc.grpc
 import baton_router.app
-from baton.config import RouterConfig, WorkerConfig
+from baton.config import RouterConfig, TlsConfig, WorkerConfig
 from baton.settings import env_name, load, load_log
 from baton.vllm_metrics import RouterVllmNames
 from baton.worker_metrics import WorkerMetrics
@@ -145,7 +145,12 @@ def test_the_oldest_version_tried_is_the_oldest_allowed() -> None:
         ({"workers": {"decode": {"ucx": {"UCX_TLS": "tcp"}}}}, "UCX_TLS"),
         ({"workers": {"router": {}}}, "router"),
         ({"workers": {"Decode": {}}}, "Decode"),
-        ({"kvTls": {"certManager": {"enabled": True, "issuer": {"kind": "Issuer"}}}}, "name"),
+        ({"tls": {"certManager": {"enabled": True, "issuer": {"kind": "Issuer"}}}}, "name"),
+        ({"tls": {"ownAuthority": {"enable": True}}}, "enable"),
+        ({"tls": {"ownAuthority": {"days": 0}}}, "days"),
+        ({"tls": {"secrets": {"client": "x"}}}, "client"),
+        ({"tls": {"domain": "*.example.com"}}, "domain"),
+        ({"kvTls": {"secret": "x"}}, "kvTls"),
         ({"env": {"BATON_PORT": "1"}}, "BATON_PORT"),
         ({"images": {"router": {"tag": "latest"}}}, "tag"),
         ({"networkPolicy": {"clients": [{}]}}, "clients"),
@@ -164,7 +169,9 @@ def test_mistakes_in_values_are_named(values: dict[str, Any], complaint: str) ->
         ({"monitoring": {"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}}}, "only one"),
         ({"model": {"model": "o/m"}, "models": {"download": True, "readOnly": True}}, "read-only"),
         ({"inferencePool": {"enabled": True}}, "inferencePool.endpointPicker.name"),
-        ({"kvTls": {"secret": "a", "certManager": {"enabled": True}}}, "only one"),
+        ({"tls": {"secrets": {"router": "a"}, "certManager": {"enabled": True}}}, "only one"),
+        ({"tls": {"ownAuthority": {"enabled": True}, "certManager": {"enabled": True}}}, "only one"),
+        ({"tls": {"secrets": {"router": "a"}}}, "router and worker need one each"),
         ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs"),
         ({"ingress": {"enabled": True, "tlsSecret": "tls"}}, "ingress.host"),
     ],
@@ -249,7 +256,7 @@ def test_settings_arrive_as_written(tmp_path: Path) -> None:
 def test_what_the_chart_owns_is_set_by_it() -> None:
     left_to_the_code = {"worker_id", "workers", "index.index"}
     set_in_files = {"roles"}
-    manifests = rendered({"router": {"apiKeysSecret": "keys"}, "kvTls": {"secret": "tls"}})
+    manifests = rendered({"router": {"apiKeysSecret": "keys"}, "tls": {"ownAuthority": {"enabled": True}}})
     names = {entry["name"] for workload in ours(manifests) for entry in container_of(workload)["env"]}
     assert {env_name(path) for path in CHART_OWNED - left_to_the_code - set_in_files} <= names
 
@@ -305,7 +312,12 @@ def test_ports_are_those_that_the_processes_listen_on(case: list[Manifest], tmp_
         listening = (
             {"http": config.port, "grpc": config.grpc_port}
             if isinstance(config, RouterConfig)
-            else {"grpc": config.port, "metrics": config.metrics_port, "kv": config.transfer.port}
+            else {
+                "grpc": config.port,
+                "health": config.health_port,
+                "metrics": config.metrics_port,
+                "kv": config.transfer.port,
+            }
         )
         container = container_of(workload)
         assert {port["name"]: port["containerPort"] for port in container["ports"]} == listening
@@ -321,7 +333,7 @@ def test_probes_ask_what_the_processes_answer(case: list[Manifest], tmp_path: Pa
                 assert probe["httpGet"]["port"] == "http"
                 assert probe["httpGet"]["path"] in paths
             else:
-                assert probe["grpc"] == {"port": config.port}
+                assert probe["grpc"] == {"port": config.health_port}
         # A busy worker must not be killed for being slow to answer.
         liveness = container["livenessProbe"]
         assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 60
@@ -662,6 +674,8 @@ def test_routers_have_the_metrics_that_endpoint_pickers_read() -> None:
         ("decode", "prefill", "kv", True),
         ("prefill", "decode", 50060, True),
         ("prefill", "decode", "grpc", False),
+        ("prefill", "decode", "health", False),
+        ("router", "decode", "health", False),
         ("decode", "redis", "redis", True),
         ("decode", "router", "http", False),
         ("decode", "router", 50052, False),
@@ -724,24 +738,24 @@ def test_every_pod_has_a_policy(case: list[Manifest]) -> None:
 
 
 def test_pods_pass_the_restricted_level(case: list[Manifest]) -> None:
-    for workload in workloads(case):
+    for workload in [*workloads(case), *of_kind(case, "Job")]:
         spec, container = pod_of(workload)["spec"], container_of(workload)
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["runAsUser"] > 0
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
-        kinds = {kind for volume in spec["volumes"] for kind in volume} - {"name"}
+        kinds = {kind for volume in spec.get("volumes", ()) for kind in volume} - {"name"}
         assert kinds <= {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         }
-        assert all("hostPort" not in port for port in container["ports"])
+        assert all("hostPort" not in port for port in container.get("ports", ()))
 
 
 def test_pods_hold_no_identity_and_see_no_services(case: list[Manifest]) -> None:
-    (account,) = of_kind(case, "ServiceAccount")
+    (account,) = (a for a in of_kind(case, "ServiceAccount") if not is_hook(a))
     assert account["automountServiceAccountToken"] is False
     for workload in workloads(case):
         spec = pod_of(workload)["spec"]
@@ -772,38 +786,101 @@ def test_api_keys_come_from_a_secret_to_the_router_alone(tmp_path: Path) -> None
     assert "Bearer $API_KEY" in notes({"router": {"apiKeysSecret": "keys"}})
 
 
-@pytest.mark.parametrize("certificate", [{"secret": "mine"}, {"certManager": {"enabled": True}}])
-def test_workers_find_their_certificate(tmp_path: Path, certificate: dict[str, Any]) -> None:
-    manifests = rendered({"kvTls": certificate})
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"secrets": {"router": "demo-baton-tls-router", "worker": "demo-baton-tls-worker"}},
+        {"certManager": {"enabled": True}},
+        {"ownAuthority": {"enabled": True}},
+    ],
+    ids=lambda choice: next(iter(choice)),
+)
+def test_router_and_workers_find_their_certificates(tmp_path: Path, choice: dict[str, Any]) -> None:
+    manifests = rendered({"tls": choice})
     for workload in ours(manifests):
-        volumes, config = pod_of(workload)["spec"]["volumes"], config_of(manifests, workload, tmp_path)
-        secrets = [volume["secret"]["secretName"] for volume in volumes if "secret" in volume]
-        if not isinstance(config, WorkerConfig):
-            assert secrets == []
-            continue
-        (mount,) = (m for m in container_of(workload)["volumeMounts"] if m["name"] == "kv-tls")
-        transfer, place = config.transfer, mount["mountPath"]
-        files = {transfer.tls_cert, transfer.tls_key, transfer.tls_ca}
-        assert files == {f"{place}/{key}" for key in ("tls.crt", "tls.key", "ca.crt")}
-        assert secrets == [certificate.get("secret", "demo-baton-kv-tls")]
+        config, role = config_of(manifests, workload, tmp_path), container_of(workload)["name"]
+        (secret,) = (volume["secret"] for volume in pod_of(workload)["spec"]["volumes"] if "secret" in volume)
+        (mount,) = (m for m in container_of(workload)["volumeMounts"] if m["name"] == "tls")
+        files = (f"{mount['mountPath']}/{key}" for key in ("tls.crt", "tls.key", "ca.crt"))
+        assert config.tls == TlsConfig(*files, "demo-baton.prod.svc")
+        assert secret["secretName"] == f"demo-baton-tls-{role}"
+        assert "subPath" not in mount  # such a mount never sees a renewed Secret
+
+
+def test_the_domain_of_the_certificates_can_be_named(tmp_path: Path) -> None:
+    manifests = rendered({"tls": {"domain": "fleet.example", "certManager": {"enabled": True}}})
+    names = [name for c in of_kind(manifests, "Certificate") for name in c["spec"].get("dnsNames", ())]
+    assert names == ["router.fleet.example", "worker.fleet.example"]
+    assert {config_of(manifests, w, tmp_path).tls.domain for w in ours(manifests)} == {"fleet.example"}
 
 
 def test_cert_manager_signs_with_an_authority_of_the_release_or_a_given_one() -> None:
-    own = rendered({"kvTls": {"certManager": {"enabled": True}}})
+    own = rendered({"tls": {"certManager": {"enabled": True}}})
     issuers = {issuer["metadata"]["name"] for issuer in of_kind(own, "Issuer")}
     certificates = {c["metadata"]["name"]: c["spec"] for c in of_kind(own, "Certificate")}
-    assert len(issuers) == len(certificates) == 2
+    assert (len(issuers), len(certificates)) == (2, 3)
     assert {spec["issuerRef"]["name"] for spec in certificates.values()} == issuers
-    leaf = certificates["demo-baton-kv-tls"]
-    assert {"server auth", "client auth"} <= set(leaf["usages"])
+    for role in ("router", "worker"):
+        leaf = certificates[f"demo-baton-tls-{role}"]
+        assert {"server auth", "client auth"} <= set(leaf["usages"])
+        assert leaf["secretName"] == f"demo-baton-tls-{role}"
+        assert leaf["dnsNames"] == [f"{role}.demo-baton.prod.svc"]
     (authority,) = (i["spec"]["ca"] for i in of_kind(own, "Issuer") if "ca" in i["spec"])
-    assert authority["secretName"] == certificates["demo-baton-kv-tls-ca"]["secretName"]
+    assert authority["secretName"] == certificates["demo-baton-tls-ca"]["secretName"]
 
     issuer = {"name": "company", "kind": "ClusterIssuer"}
-    given = rendered({"kvTls": {"certManager": {"enabled": True, "issuer": issuer}}})
+    given = rendered({"tls": {"certManager": {"enabled": True, "issuer": issuer}}})
     assert of_kind(given, "Issuer") == []
-    (certificate,) = of_kind(given, "Certificate")
-    assert certificate["spec"]["issuerRef"] == {"group": "cert-manager.io", **issuer}
+    for certificate in of_kind(given, "Certificate"):
+        assert certificate["spec"]["issuerRef"] == {"group": "cert-manager.io", **issuer}
+
+
+def test_a_router_whose_grpc_is_under_tls_is_not_announced_as_plain() -> None:
+    def protocols(settings: dict[str, Any]) -> dict[str, str | None]:
+        manifests = rendered({"router": {"settings": settings}, "tls": {"ownAuthority": {"enabled": True}}})
+        (service,) = (s for s in of_kind(manifests, "Service") if component(s) == "router")
+        return {port["name"]: port.get("appProtocol") for port in service["spec"]["ports"]}
+
+    assert protocols({})["grpc"] == protocols({"grpc_tls": "none"})["grpc"] == "kubernetes.io/h2c"
+    assert protocols({"grpc_tls": "mutual"})["grpc"] is None
+
+
+# --- the hook that makes certificates ---
+
+OWN = {"tls": {"ownAuthority": {"enabled": True}}}
+
+
+def is_hook(manifest: Manifest) -> bool:
+    return "helm.sh/hook" in manifest["metadata"].get("annotations", {})
+
+
+def test_the_hook_is_all_that_may_speak_to_the_cluster_and_only_while_it_runs() -> None:
+    manifests = rendered(OWN)
+    kinds = ("ServiceAccount", "Role", "RoleBinding", "Job")
+    hooks = {kind: [m for m in of_kind(manifests, kind) if is_hook(m)] for kind in kinds}
+    assert sorted(m["kind"] for m in manifests if is_hook(m)) == sorted(kinds)
+    (account,), (role,), (binding,), (job,) = hooks.values()
+    for manifest in (account, role, binding, job):
+        annotations = manifest["metadata"]["annotations"]
+        assert annotations["helm.sh/hook"] == "pre-install,pre-upgrade"
+        assert "hook-succeeded" in annotations["helm.sh/hook-delete-policy"]
+    weights = [int(m["metadata"]["annotations"]["helm.sh/hook-weight"]) for m in (role, binding, job)]
+    assert weights == sorted(set(weights))
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    assert [s["name"] for s in binding["subjects"]] == [account["metadata"]["name"]]
+    assert pod_of(job)["spec"]["serviceAccountName"] == account["metadata"]["name"]
+    assert pod_of(job)["spec"]["enableServiceLinks"] is False
+    assert of_kind(rendered({}), "Role", "RoleBinding", "Job") == []
+
+
+def test_the_hook_may_touch_its_own_secrets_only() -> None:
+    (role,) = of_kind(rendered(OWN), "Role")
+    mounted = {f"demo-baton-tls-{name}" for name in ("ca", "router", "worker")}
+    for rule in role["rules"]:
+        assert (rule["apiGroups"], rule["resources"]) == ([""], ["secrets"])
+        if rule["verbs"] != ["create"]:  # which no rule can bind to a name
+            assert set(rule["resourceNames"]) == mounted
+            assert set(rule["verbs"]) == {"get", "update"}
 
 
 def test_containers_are_complete(case: list[Manifest]) -> None:

@@ -20,9 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import psutil
 import pytest
+from fake_cluster import Cluster, cluster
 from helm_engine import (
     Manifest,
     component,
@@ -40,13 +42,17 @@ from helm_engine import (
     workloads,
 )
 from redis_server import default_server
+from typer.testing import CliRunner
 
 from baton.errors import Unavailable
+from baton.rpc import ROUTER_LIST_WORKERS, STATUS_GET
+from baton_cli import cluster_secrets
+from baton_cli.main import app
 from baton_cli.probe import probe
 
 pytest.importorskip("helm_python", reason="Helm's engine (helm-python-sdk) is not installed")
 
-PORTS = ("BATON_PORT", "BATON_GRPC_PORT", "BATON_METRICS_PORT", "BATON_TRANSFER__PORT")
+PORTS = ("BATON_PORT", "BATON_GRPC_PORT", "BATON_HEALTH_PORT", "BATON_METRICS_PORT", "BATON_TRANSFER__PORT")
 READY_S = 120.0
 LONG_REQUEST = {
     "model": "demo",
@@ -85,7 +91,7 @@ class Pod:
         wanted = container_of(self.workload)[kind]
         if "httpGet" in wanted:
             return f"http://127.0.0.1:{self.port}{wanted['httpGet']['path']}"
-        return f"127.0.0.1:{self.port}"
+        return f"127.0.0.1:{self.ports['BATON_HEALTH_PORT']}"
 
     async def stop(self) -> int:
         """SIGTERM, and the time that the pod would get; the exit code."""
@@ -204,48 +210,112 @@ async def test_the_chart_serves_and_stops_without_loss(tmp_path: Path, transport
 
 
 @pytest.mark.slow
-async def test_the_chart_serves_with_keys_and_certificates(tmp_path: Path) -> None:
+async def test_the_chart_serves_with_keys_and_certificates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed and upgraded: the chart's hook makes certificates, and new ones while the fleet runs."""
     values = example("laptop-kind")
     values["workerDefaults"]["settings"] = {"transfer": {"transport": "tcp"}}
-    values |= {"kvTls": {"secret": "tls"}, "router": values["router"] | {"apiKeysSecret": "keys"}}
-    secrets = {"tls": tmp_path / "tls", "keys": tmp_path / "keys"}
-    for directory in secrets.values():
-        directory.mkdir()
-    write_certificate(secrets["tls"])
-    (secrets["keys"] / "keys").write_text("sk-one\nsk-two\n")
-    async with release(values, tmp_path, **secrets) as pods:
-        for name in ("prefill", "decode", "router"):
-            await pods[name].until("startupProbe")
-            await pods[name].until("readinessProbe")
-        body = first_request(notes(values))
-        with pytest.raises(AssertionError, match="invalid_api_key"):
-            await stream(pods["router"], body)
-        chunks = await stream(pods["router"], body, key="sk-two")
-        assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"]).strip()
-        await check_fleet(pods, "tcp")
-        await check_encrypted(pods["decode"], secrets["tls"])
-        assert [await pods[name].stop() for name in ("prefill", "decode", "router", "redis")] == [0] * 4
+    values["tls"] = {"ownAuthority": {"enabled": True}}
+    values["router"] |= {"apiKeysSecret": "keys", "settings": {"grpc_tls": "mutual"}}
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys/keys").write_text("sk-one\nsk-two\n")
+    (role,) = of_kind(manifests(values), "Role")
+    with cluster(role["rules"], tmp_path / "account") as kubernetes:
+        monkeypatch.setattr(cluster_secrets, "ACCOUNT", kubernetes.account)
+        run_hook(values, kubernetes)
+        secrets = kubernetes.mount(tmp_path) | {"keys": tmp_path / "keys"}
+        async with release(values, tmp_path, **secrets) as pods:
+            for name in ("prefill", "decode", "router"):
+                await pods[name].until("startupProbe")
+                await pods[name].until("readinessProbe")
+            body = first_request(notes(values))
+            with pytest.raises(AssertionError, match="invalid_api_key"):
+                await stream(pods["router"], body)
+            await check_answer(pods["router"], body)
+            await check_fleet(pods, "tcp")
+            await check_who_may_call(pods, secrets)
+            before = await check_encrypted(pods["decode"], secrets)
+            run_hook(values, kubernetes)
+            kubernetes.mount(tmp_path)
+            assert await check_encrypted(pods["decode"], secrets) != before
+            await check_answer(pods["router"], body)
+            assert "the certificate was read again" in pods["router"].log.read_text()
+            stopped = [await pods[name].stop() for name in ("prefill", "decode", "router", "redis")]
+            assert stopped == [0] * 4
 
 
-def write_certificate(directory: Path) -> None:
-    """As cert-manager writes them: tls.crt, tls.key, ca.crt; here the authority signs itself."""
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=kv", "-keyout", directory / "tls.key", "-out", directory / "tls.crt"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    (directory / "ca.crt").write_bytes((directory / "tls.crt").read_bytes())
+def run_hook(values: dict[str, Any], kubernetes: Cluster) -> None:
+    """The Job's command, as a pod of its ServiceAccount."""
+    (job,) = of_kind(manifests(values), "Job")
+    done = CliRunner().invoke(app, container_of(job)["args"], env=kubernetes.env)
+    assert done.exit_code == 0, done.output
+    assert "worker: worker.demo-baton.prod.svc" in done.output
+    assert kubernetes.refused == []
 
 
-async def check_encrypted(pod: Pod, directory: Path) -> None:
-    """The KV port speaks TLS 1.3 to who has a certificate."""
+async def check_answer(router: Pod, body: bytes) -> None:
+    chunks = await stream(router, body, key="sk-two")
+    assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"]).strip()
+
+
+async def check_who_may_call(pods: dict[str, Pod], secrets: dict[str, Path]) -> None:
+    """Workers are called by routers alone, the router's gRPC API by who has a certificate and a key."""
+    router, worker = (secrets[f"demo-baton-tls-{role}"] for role in ("router", "worker"))
+    anonymous = grpc.ssl_channel_credentials((worker / "ca.crt").read_bytes())
+    as_router, as_worker = (
+        grpc.ssl_channel_credentials(*((d / name).read_bytes() for name in ("ca.crt", "tls.key", "tls.crt")))
+        for d in (router, worker)
+    )
+    code = grpc.StatusCode
+    for credentials, expected in (
+        (anonymous, code.UNAVAILABLE),
+        (as_worker, code.UNAUTHENTICATED),
+        (as_router, code.OK),
+    ):
+        call = (pods["decode"].port, "worker", STATUS_GET.path, credentials, None)
+        assert await asyncio.to_thread(grpc_status, *call) is expected
+    for credentials, key, expected in (
+        (anonymous, "sk-one", code.UNAVAILABLE),
+        (as_worker, None, code.UNAUTHENTICATED),
+        (as_worker, "sk-one", code.OK),
+    ):
+        call = (
+            pods["router"].ports["BATON_GRPC_PORT"],
+            "router",
+            ROUTER_LIST_WORKERS.path,
+            credentials,
+            key,
+        )
+        assert await asyncio.to_thread(grpc_status, *call) is expected
+
+
+def grpc_status(port: int, peer: str, path: str, credentials: Any, key: str | None) -> grpc.StatusCode:
+    name = ("grpc.ssl_target_name_override", f"{peer}.demo-baton.prod.svc")
+    metadata = [("authorization", f"Bearer {key}")] if key else []
+    with grpc.secure_channel(f"127.0.0.1:{port}", credentials, [name]) as channel:
+        try:
+            channel.unary_unary(path)(b"", timeout=10.0, metadata=metadata)
+        except grpc.RpcError as error:
+            return error.code()
+    return grpc.StatusCode.OK
+
+
+async def check_encrypted(pod: Pod, secrets: dict[str, Path]) -> bytes:
+    """gRPC and KV speak TLS 1.3 and show the certificate that the Secret holds now."""
+    directory = secrets["demo-baton-tls-worker"]
     context = ssl.create_default_context(cafile=str(directory / "ca.crt"))
-    context.check_hostname = False
     context.load_cert_chain(directory / "tls.crt", directory / "tls.key")
-    port = pod.ports["BATON_TRANSFER__PORT"]
-    _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
-    assert writer.get_extra_info("ssl_object").version() == "TLSv1.3"
-    writer.transport.abort()
+    context.set_alpn_protocols(["h2"])
+    name, shown = "worker.demo-baton.prod.svc", ssl.PEM_cert_to_DER_cert((directory / "tls.crt").read_text())
+    for variable in ("BATON_PORT", "BATON_TRANSFER__PORT"):
+        _, writer = await asyncio.open_connection(
+            "127.0.0.1", pod.ports[variable], ssl=context, server_hostname=name
+        )
+        tls = writer.get_extra_info("ssl_object")
+        assert (tls.version(), tls.getpeercert(binary_form=True)) == ("TLSv1.3", shown)
+        writer.transport.abort()
+    return shown
 
 
 async def check_fleet(pods: dict[str, Pod], transport: str) -> None:

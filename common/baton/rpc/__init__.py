@@ -23,6 +23,7 @@ from baton.rpc.base import (
 )
 from baton.rpc.grpc import GrpcRpc
 from baton.rpc.inproc import InprocRpc, InprocRpcNetwork
+from baton.rpc.secure import Security
 
 __all__ = [
     "DECODE_GENERATE",
@@ -44,6 +45,7 @@ __all__ = [
     "Req",
     "Res",
     "Rpc",
+    "Security",
     "Server",
     "StreamHandler",
     "UnaryHandler",

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from baton.certificates import Certificates
 from baton.clock import Clock
 from baton.errors import ConfigError
 from baton.telemetry import event
@@ -14,7 +15,6 @@ from baton.transfer.base import PIECE_TIMEOUT_S, Transport
 from baton.transfer.best_of import BestOf
 from baton.transfer.shm import ShmTransport
 from baton.transfer.tcp import TcpTransport
-from baton.transfer.tls import Tls
 from baton.transfer.ucx import UcxTransport
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def make_transport(
     *,
     port: int = 0,
     advertise_host: str | None = None,
-    tls: Tls | None = None,
+    tls: Certificates | None = None,
     piece_timeout_s: float = PIECE_TIMEOUT_S,
 ) -> Transport:
     """`auto` is shared memory, UCX where it has a network that is faster than TCP, and TCP. `host` is not of interest
@@ -63,7 +63,7 @@ def make_transport(
     if name == "shm" and not _has_shm():
         raise ConfigError("--transport shm needs Linux: choose auto or tcp")
     if name == "ucx" and tls is not None:
-        raise ConfigError("--transport ucx cannot encrypt: choose auto or tcp, or leave transfer.tls_* out")
+        raise ConfigError("--transport ucx cannot encrypt: choose auto or tcp, or transfer.encrypt: false")
     return BestOf(clock, makers[name]())
 
 
@@ -72,7 +72,7 @@ def _has_shm() -> bool:
 
 
 def _cannot_encrypt() -> list[Transport]:
-    raise ConfigError("UCX cannot encrypt, and transfer.tls_* is set")
+    raise ConfigError("UCX cannot encrypt, and tls.* is set; transfer.encrypt: false lets KV go in the clear")
 
 
 def _fast_ucx(make: Callable[[], list[Transport]]) -> list[Transport]:

@@ -49,7 +49,7 @@ def check_hello(data: bytes | bytearray | memoryview) -> None:
 def check_start(data: bytes | bytearray) -> None:
     """Of the first bytes that a peer says: some say hello in TLS."""
     if data[:2] in (b"\x15\x03", b"\x16\x03"):
-        raise TransferError("the peer speaks TLS: set transfer.tls_cert, tls_key and tls_ca here too")
+        raise TransferError("the peer speaks TLS: set tls.cert, tls.key and tls.ca here too")
 
 
 def check_header_bytes(num_bytes: int) -> None:

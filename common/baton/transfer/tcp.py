@@ -8,12 +8,13 @@ import socket
 from typing import Any
 from urllib.parse import urlsplit
 
+from baton.certificates import Certificates
 from baton.clock import Clock
 from baton.errors import ConfigError, TransferError
 from baton.transfer.base import PIECE_TIMEOUT_S
 from baton.transfer.sockets import Line, SocketTransport, greet
 from baton.transfer.stream import Stream
-from baton.transfer.tls import Tls, TlsStream
+from baton.transfer.tls import TlsStream
 
 # Buffer sizes are left alone: Linux tunes them itself, up to tcp_rmem and tcp_wmem, until somebody sets them.
 # Keep-alive: an idle peer whose machine vanished is noticed after a minute.
@@ -39,7 +40,7 @@ class TcpTransport(SocketTransport):
         *,
         advertise_host: str | None = None,
         piece_timeout_s: float = PIECE_TIMEOUT_S,
-        tls: Tls | None = None,
+        tls: Certificates | None = None,
     ) -> None:
         if advertise_host is None and host in ("", "0.0.0.0", "::"):
             raise ConfigError(
@@ -94,9 +95,7 @@ class TcpTransport(SocketTransport):
     def _open(self, sock: socket.socket, is_receiver: bool) -> Stream:
         if self._tls is None:
             return Stream(sock)
-        return TlsStream(
-            sock, self._tls.receiver if is_receiver else self._tls.sender, is_receiver=is_receiver
-        )
+        return TlsStream(sock, self._tls, is_receiver=is_receiver)
 
     def _name_of(self, peer: Any) -> str:
         return _format(peer[0], peer[1])

@@ -1,7 +1,5 @@
-"""TCP under TLS 1.3: both sides show a certificate, and both must be signed by the same authority.
-
-Who has such a certificate may send and receive KV: names in certificates are not compared with addresses, because
-workers come and go under addresses that nobody knows in advance. Files are read once, at the start.
+"""TCP under TLS 1.3: both sides show a certificate of the same authority, made for a worker of this fleet
+(`baton.certificates`). A connection keeps what it was made with; the next one takes what the files hold by then.
 """
 
 import os
@@ -9,10 +7,10 @@ import socket
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from baton.errors import ConfigError, TransferError
+from baton.certificates import Certificates
+from baton.errors import TransferError
 from baton.transfer.stream import SCRATCH_BYTES, Stream
 from baton.transfer.vector import Vector
 
@@ -23,50 +21,21 @@ _ALERT = b"\x15\x03\x01\x00\x02\x02\x46"  # protocol_version; OpenSSL sends none
 _NO_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNEXPECTED_MESSAGE", "RECORD_LAYER_FAILURE"}
 
 
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """What both ends of a connection are made from."""
-
-    receiver: ssl.SSLContext
-    sender: ssl.SSLContext
-
-
-def load_tls(cert: str | None, key: str | None, ca: str | None) -> Tls | None:
-    """PEM files; None without any. Raises ConfigError."""
-    if not (cert or key or ca):
-        return None
-    if not (cert and key and ca):
-        raise ConfigError("transfer.tls_cert, transfer.tls_key and transfer.tls_ca: set all three, or none")
-    return Tls(
-        _context(ssl.PROTOCOL_TLS_SERVER, cert, key, ca), _context(ssl.PROTOCOL_TLS_CLIENT, cert, key, ca)
-    )
-
-
-def _context(protocol: int, cert: str, key: str, ca: str) -> ssl.SSLContext:
-    context = ssl.SSLContext(protocol)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_REQUIRED
-    try:
-        context.load_verify_locations(ca)
-        context.load_cert_chain(
-            cert, key, password=""
-        )  # an encrypted key fails, instead of asking a terminal
-    except (OSError, ValueError) as error:
-        why = f"cannot read transfer.tls_cert {cert}, tls_key {key} or tls_ca {ca}: {error}"
-        raise ConfigError(why) from None
-    return context
-
-
 class TlsStream(Stream):
     """`shake_hands` comes before anything else. There is no `sendmsg` here: buffers go one by one, and copies are
     OpenSSL's own."""
 
     _sock: ssl.SSLSocket
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext, *, is_receiver: bool) -> None:
-        wrapped = context.wrap_socket(
-            sock, server_side=is_receiver, do_handshake_on_connect=False, suppress_ragged_eofs=False
+    def __init__(self, sock: socket.socket, certificates: Certificates, *, is_receiver: bool) -> None:
+        loaded = certificates.current()
+        self._peer_name = certificates.name_of("worker")
+        wrapped = (loaded.server if is_receiver else loaded.client).wrap_socket(
+            sock,
+            server_side=is_receiver,
+            server_hostname=None if is_receiver else self._peer_name,
+            do_handshake_on_connect=False,
+            suppress_ragged_eofs=False,
         )
         super().__init__(wrapped)
 
@@ -87,6 +56,15 @@ class TlsStream(Stream):
                 os.read(self._sock.fileno(), SCRATCH_BYTES)
                 os.write(self._sock.fileno(), _ALERT)
             raise
+        self._check_name()
+
+    def _check_name(self) -> None:
+        """OpenSSL compares names only for who connects."""
+        certificate: Any = self._sock.getpeercert()
+        names = [name for kind, name in certificate.get("subjectAltName", ()) if kind == "DNS"]
+        if self._peer_name not in names:
+            shown = ", ".join(names) or "no name"
+            raise TransferError(f"the peer's certificate is for {shown}, not for {self._peer_name}")
 
     def _has_read_ahead(self) -> bool:
         return self._sock.pending() > 0
@@ -123,13 +101,9 @@ class TlsStream(Stream):
 def _explain(error: ssl.SSLError) -> str:
     reason = error.reason or ""
     if reason in _NO_TLS:
-        return "the peer speaks no TLS: set transfer.tls_cert, tls_key and tls_ca there too"
+        return "the peer speaks no TLS: set tls.cert, tls.key and tls.ca there too"
     if isinstance(error, ssl.SSLCertVerificationError):
-        return (
-            f"the peer's certificate is not accepted here ({error.verify_message}): compare transfer.tls_ca"
-        )
+        return f"the peer's certificate is not accepted here ({error.verify_message}): compare tls.ca and tls.domain"
     if "ALERT" in reason:
-        return (
-            f"the peer does not accept this worker's certificate ({reason.lower()}): compare transfer.tls_ca"
-        )
+        return f"the peer does not accept this worker's certificate ({reason.lower()}): compare tls.ca and tls.domain"
     return f"TLS failed: {reason.lower() or error}"

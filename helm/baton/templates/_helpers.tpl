@@ -63,12 +63,56 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- .Values.models.claim | default (ternary (printf "%s-models" (include "baton.fullname" .)) "" (not (empty .Values.models.createClaim))) -}}
 {{- end }}
 
-{{/* The Secret with the workers' certificate; empty without TLS. */}}
-{{- define "baton.kvTlsSecret" -}}
-{{- if and .Values.kvTls.secret .Values.kvTls.certManager.enabled }}
-{{- fail "kvTls.secret, kvTls.certManager: only one of the two" }}
+{{/* The Secret with a role's certificate; empty without TLS. Takes (root, "router" or "worker"). */}}
+{{- define "baton.tlsSecret" -}}
+{{- $root := index . 0 -}}
+{{- with $root.Values.tls -}}
+{{- $made := or .ownAuthority.enabled .certManager.enabled -}}
+{{- $given := or .secrets.router .secrets.worker -}}
+{{- if or (and $given $made) (and .ownAuthority.enabled .certManager.enabled) }}
+{{- fail "tls.secrets, tls.ownAuthority, tls.certManager: only one of these" }}
 {{- end -}}
-{{- .Values.kvTls.secret | default (ternary (printf "%s-kv-tls" (include "baton.fullname" .)) "" .Values.kvTls.certManager.enabled) -}}
+{{- if and $given (not (and .secrets.router .secrets.worker)) }}
+{{- fail "tls.secrets: router and worker need one each" }}
+{{- end -}}
+{{- ternary (printf "%s-tls-%s" (include "baton.fullname" $root) (index $ 1)) (get .secrets (index $ 1)) $made -}}
+{{- end -}}
+{{- end }}
+
+{{/* Certificates are for router.DOMAIN and worker.DOMAIN: those of another release are of no use in this one. */}}
+{{- define "baton.tlsDomain" -}}
+{{- .Values.tls.domain | default (printf "%s.%s.svc" (include "baton.fullname" .) .Release.Namespace) -}}
+{{- end }}
+
+{{/* These three take (root, role) and are empty without TLS. */}}
+{{- define "baton.tlsEnv" -}}
+{{- if include "baton.tlsSecret" . }}
+- name: BATON_TLS__CERT
+  value: /etc/baton-tls/tls.crt
+- name: BATON_TLS__KEY
+  value: /etc/baton-tls/tls.key
+- name: BATON_TLS__CA
+  value: /etc/baton-tls/ca.crt
+- name: BATON_TLS__DOMAIN
+  value: {{ include "baton.tlsDomain" (index . 0) }}
+{{- end }}
+{{- end }}
+
+{{- define "baton.tlsMount" -}}
+{{- if include "baton.tlsSecret" . }}
+- name: tls
+  mountPath: /etc/baton-tls
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{- define "baton.tlsVolume" -}}
+{{- with include "baton.tlsSecret" . }}
+- name: tls
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+{{- end }}
 {{- end }}
 
 {{/* What router and workers share. */}}
@@ -135,10 +179,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   emptyDir: {}
 {{- end }}
 
+{{/* Serving takes no identity: nothing of it speaks to the Kubernetes API. */}}
+{{- define "baton.noIdentity" -}}
+serviceAccountName: {{ include "baton.fullname" . }}
+automountServiceAccountToken: false
+{{- end }}
+
 {{/* The restricted Pod Security level. Takes (root, uid). */}}
 {{- define "baton.podSecurity" -}}
-serviceAccountName: {{ include "baton.fullname" (index . 0) }}
-automountServiceAccountToken: false
 # Kubernetes would announce a Service called baton as BATON_PORT=tcp://..., which is a setting of ours.
 enableServiceLinks: false
 {{- with (index . 0).Values.images.pullSecrets }}
@@ -163,6 +211,13 @@ securityContext:
   readOnlyRootFilesystem: true
   capabilities:
     drop: [ALL]
+{{- end }}
+
+{{/* Annotations of what runs before an installation and every upgrade, and is gone after it. Takes the weight. */}}
+{{- define "baton.hook" -}}
+helm.sh/hook: pre-install,pre-upgrade
+helm.sh/hook-weight: {{ . | quote }}
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{- end }}
 
 {{/* Where the pods may run. Takes (root, component, settings, whom to be near as a node label). */}}
@@ -198,7 +253,7 @@ affinity:
 
 {{/* Ports: what is listened on, in one place. */}}
 {{- define "baton.ports" -}}
-{{- dict "http" 8000 "routerGrpc" 50050 "workerGrpc" 50051 "metrics" 9100 "redis" 6379 "kv" .Values.networkPolicy.kvPort | toJson -}}
+{{- dict "http" 8000 "routerGrpc" 50050 "workerGrpc" 50051 "health" 50053 "metrics" 9100 "redis" 6379 "kv" .Values.networkPolicy.kvPort | toJson -}}
 {{- end }}
 
 {{/* Whether no decode worker may be there on purpose: all pools with that role scale to zero. */}}
