@@ -110,3 +110,13 @@ def test_a_pair_that_has_not_proven_itself_carries_nothing() -> None:
     assert placed is not None and placed.prefill == "p2"
     placed = place(640, 64, [p1, p2], [d], random.Random(0), lambda p, d: False)
     assert placed is not None and placed.prefill is None
+
+
+def test_each_of_several_samples_needs_blocks_of_its_own_beside_those_of_the_prompt() -> None:
+    """40 blocks for 640 tokens of prompt, which all share, and 4 more for the answer of each."""
+    nearly_full, slow = decode("d1", num_free_blocks=200), decode("d2", decode_step_s=0.035)
+
+    def chosen(num_samples: int) -> Placement | None:
+        return place(640, 64, [prefill("p")], [nearly_full, slow], random.Random(0), proven, num_samples)
+
+    assert [placed and placed.decode for placed in map(chosen, (1, 2, 32))] == ["d1", "d1", "d2"]

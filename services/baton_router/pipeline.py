@@ -242,6 +242,7 @@ class Pipeline:
             [_candidate(link, held) for link in decodes],
             self._rng,
             self._fleet.canary.is_proven,
+            request.sampling.n,
         )
         if placement is None:
             raise InternalError("placement found no decode worker among the ready ones")

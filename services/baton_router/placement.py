@@ -5,9 +5,9 @@ Every candidate pair (p, d) of a prefill and a decode worker gets a predicted co
     cost = queue_p + prefill(uncached on p) + transfer(not held by d) + wait_d
          + E[out] * max(0, step_d - fastest step) + PRESSURE_S * k_d / (1 - k_d)
 
-with k_d the KV use of d after admission. Rates are the workers' own measurements; until a worker has measured one, the
-median of the others stands in, or a constant where nobody has. Among pairs within 5 % of the best one is drawn, so
-that routers with equal views do not all choose the same.
+with k_d the KV use of d after admission, where samples of one prompt share the blocks that it fills. Rates are the
+workers' own measurements; until a worker has measured one, the median of the others stands in, or a constant where
+nobody has. Among pairs within 5 % of the best one is drawn, so that routers of equal views do not all choose the same.
 """
 
 import random
@@ -60,6 +60,7 @@ def place(
     decodes: Sequence[Candidate],
     rng: random.Random,
     is_proven: Callable[[WorkerRecord, WorkerRecord], bool],
+    num_samples: int = 1,
 ) -> Placement | None:
     """None when there is no decode worker. A pair needs KV that fits (see handshake), a transport in common and a
     proof (see canary); a worker with both roles serves alone, with nothing to send. When there is neither, a decode
@@ -68,7 +69,7 @@ def place(
     num_output_tokens = min(max_tokens, EXPECTED_OUTPUT_TOKENS)
     options: list[Placement] = []
     for decode in decodes:
-        wait_s = _decode_cost(decode, num_prompt_tokens, num_output_tokens, rates)
+        wait_s = _decode_cost(decode, num_prompt_tokens, num_output_tokens, num_samples, rates)
         for prefill in prefills:
             if prefill.record.worker_id == decode.record.worker_id:
                 cost = wait_s + _compute_s(decode, num_prompt_tokens, rates)
@@ -80,7 +81,7 @@ def place(
                 options.append(Placement(prefill.record.worker_id, decode.record.worker_id, cost))
     if not options:
         for decode in decodes:
-            cost = _decode_cost(decode, num_prompt_tokens, num_output_tokens, rates)
+            cost = _decode_cost(decode, num_prompt_tokens, num_output_tokens, num_samples, rates)
             cost += _compute_s(decode, num_prompt_tokens, rates)
             options.append(Placement(None, decode.record.worker_id, cost))
     if not options:
@@ -126,11 +127,15 @@ def _compute_s(worker: Candidate, num_prompt_tokens: int, rates: _Rates) -> floa
     return (queued + uncached) / (record.load.prefill_tokens_per_s or rates.prefill_tokens_per_s)
 
 
-def _decode_cost(decode: Candidate, num_prompt_tokens: int, num_output_tokens: int, rates: _Rates) -> float:
+def _decode_cost(
+    decode: Candidate, num_prompt_tokens: int, num_output_tokens: int, num_samples: int, rates: _Rates
+) -> float:
     record, load = decode.record, decode.record.load
     step_s = load.decode_step_s or rates.step_s
-    needed = num_blocks_for(num_prompt_tokens + num_output_tokens, record.block_size) - decode.num_held_blocks
-    num_used = record.num_blocks - load.num_free_blocks + max(0, needed)
+    num_shared = num_prompt_tokens // record.block_size
+    num_own = num_blocks_for(num_prompt_tokens + num_output_tokens, record.block_size) - num_shared
+    num_needed = max(0, num_shared + num_samples * num_own - decode.num_held_blocks)
+    num_used = record.num_blocks - load.num_free_blocks + num_needed
     use = min(num_used / max(1, record.num_blocks), 0.999)
     wait_s = load.num_waiting * step_s
     return wait_s + num_output_tokens * max(0.0, step_s - rates.step_s) + PRESSURE_S * use / (1 - use)
