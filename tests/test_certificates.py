@@ -22,6 +22,7 @@ from baton.clock import SystemClock
 from baton.config import TlsConfig
 from baton.errors import ConfigError, Unauthenticated, Unavailable
 from baton.rpc import ROUTER_CANCEL, SESSION, GrpcRpc, Security
+from baton.rpc.calls import single
 from baton.rpc.grpc_server import GrpcServer
 from baton.rpc.secure import why_no_connection
 from baton_cli.certs import CA_LIFE, ROLES, Directory, make_certificates, utc_now
@@ -76,7 +77,7 @@ async def echo(requests: AsyncIterator[m.SessionUp]) -> AsyncGenerator[m.Session
 @asynccontextmanager
 async def worker(directory: Path | None, **options: Any) -> AsyncIterator[GrpcServer]:
     """A gRPC server as a worker has it."""
-    security = Security(certificates(directory, "worker"), callers="router") if directory else None
+    security = Security(certificates(directory, "worker")) if directory else None
     async with serving(security, **options) as server:
         yield server
 
@@ -275,10 +276,10 @@ class TestGrpc:
     async def test_an_expired_certificate_is_named_on_either_side(self, fleets: Path) -> None:
         here, there = (certificates(fleets / "ours" / role) for role in ("router", "worker"))
         old_router, old_worker = (expired(fleets, role) for role in ("router", "worker"))
-        async with serving(Security(old_worker, callers="router")) as server:
+        async with serving(Security(old_worker)) as server:
             with pytest.raises(Unavailable, match=r"its certificate .* has expired, renew it there"):
                 await call(server.address, Security(here))
-        async with serving(Security(there, callers="router")) as server:
+        async with serving(Security(there)) as server:
             with pytest.raises(
                 Unavailable, match=r"not accept our certificate .*expired.* dates of tls\.cert"
             ):
@@ -292,8 +293,11 @@ class TestGrpc:
 
     async def test_only_a_router_may_call_a_worker(self, fleets: Path) -> None:
         async with worker(fleets / "ours/worker") as server:
+            rpc = GrpcRpc(SystemClock(), security=Security(certificates(fleets / "ours/worker")))
+            channel = rpc.connect(server.address)
             with pytest.raises(Unauthenticated, match=r"only router\.baton may call .* is for worker\.baton"):
-                await call(server.address, Security(certificates(fleets / "ours/worker")))
+                await anext(channel.bidi(SESSION, single(m.Cancel(1))))
+            await channel.aclose()
 
     async def test_a_caller_without_a_certificate_is_refused(self, fleets: Path) -> None:
         authority = (fleets / "ours/ca.crt").read_bytes()

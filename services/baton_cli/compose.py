@@ -115,8 +115,8 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
 
 
 def _rpc(config: WorkerConfig, clock: Clock, certificates: Certificates | None) -> GrpcRpc:
-    """Only routers may call a worker. Kubelets, which have no certificate, ask its health port."""
-    security = Security(certificates, callers="router") if certificates is not None else None
+    """Kubelets, which have no certificate, ask the health port."""
+    security = Security(certificates) if certificates is not None else None
     health = None if config.health_port is None else f"{config.host}:{config.health_port}"
     return GrpcRpc(clock, security=security, health_address=health)
 

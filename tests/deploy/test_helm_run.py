@@ -235,11 +235,17 @@ async def test_the_chart_serves_with_keys_and_certificates(
             await check_answer(pods["router"], body)
             await check_fleet(pods, "tcp")
             await check_who_may_call(pods, secrets)
-            before = await check_encrypted(pods["decode"], secrets)
+            before, started = await check_encrypted(pods["decode"], secrets), asyncio.Event()
+            running = asyncio.create_task(
+                stream(pods["router"], json.dumps(LONG_REQUEST).encode(), started, key="sk-one")
+            )
+            await started.wait()
             run_hook(values, kubernetes)
             kubernetes.mount(tmp_path)
+            assert not running.done()
             assert await check_encrypted(pods["decode"], secrets) != before
             await check_answer(pods["router"], body)
+            assert ended(await running) == "length"
             assert "the certificate was read again" in pods["router"].log.read_text()
             stopped = [await pods[name].stop() for name in ("prefill", "decode", "router", "redis")]
             assert stopped == [0] * 4
@@ -377,9 +383,14 @@ async def check_drain(pods: dict[str, Pod]) -> None:
     assert not answer.done()
     assert await pods["decode"].stop() == 0
     chunks = await answer
-    assert [c["choices"][0]["finish_reason"] for c in chunks if c["choices"]][-1] == "length"
+    assert ended(chunks) == "length"
     with pytest.raises(Unavailable):
         probe(pods["router"].target("readinessProbe"), 5.0)  # no decode worker is left
+
+
+def ended(chunks: list[dict[str, Any]]) -> str:
+    reason: str = [c["choices"][0]["finish_reason"] for c in chunks if c["choices"]][-1]
+    return reason
 
 
 async def get(pod: Pod, variable: str, path: str) -> str:

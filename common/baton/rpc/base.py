@@ -20,12 +20,15 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from baton import messages as m
 
 Req = TypeVar("Req")
 Res = TypeVar("Res")
+
+
+Caller: TypeAlias = Literal["router", "worker", "anyone"]
 
 
 class Kind(enum.Enum):
@@ -36,13 +39,15 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Method(Generic[Req, Res]):
-    """`request` and `response` are message types; a session method's are unions, carried in a oneof."""
+    """`request` and `response` are message types; a session method's are unions, carried in a oneof. `caller`: whose
+    certificate a call needs, where there are certificates."""
 
     service: str
     name: str
     kind: Kind
     request: Any
     response: Any
+    caller: Caller = "router"
 
     @property
     def path(self) -> str:
@@ -68,13 +73,13 @@ STATUS_BLOCKS: Method[m.BlocksCall, m.BlockLedger] = Method(
     "baton.v1.Status", "Blocks", Kind.UNARY, m.BlocksCall, m.BlockLedger
 )
 ROUTER_GENERATE: Method[m.RouterGenerateCall, m.GenerateChunk] = Method(
-    "baton.v1.Router", "Generate", Kind.SERVER_STREAM, m.RouterGenerateCall, m.GenerateChunk
+    "baton.v1.Router", "Generate", Kind.SERVER_STREAM, m.RouterGenerateCall, m.GenerateChunk, "anyone"
 )
 ROUTER_CANCEL: Method[m.CancelCall, m.CancelResult] = Method(
-    "baton.v1.Router", "Cancel", Kind.UNARY, m.CancelCall, m.CancelResult
+    "baton.v1.Router", "Cancel", Kind.UNARY, m.CancelCall, m.CancelResult, "anyone"
 )
 ROUTER_LIST_WORKERS: Method[m.ListWorkersCall, m.WorkerList] = Method(
-    "baton.v1.Router", "ListWorkers", Kind.UNARY, m.ListWorkersCall, m.WorkerList
+    "baton.v1.Router", "ListWorkers", Kind.UNARY, m.ListWorkersCall, m.WorkerList, "anyone"
 )
 
 UnaryHandler: TypeAlias = Callable[[Any], Awaitable[Any]]

@@ -22,6 +22,7 @@ from baton.rpc.secure import Security
 from baton.tracing import CALLER, valid_traceparent
 
 MAX_DETAILS = 200  # characters of an error's message in the status itself; the trailer has more
+FIRST_REQUEST_S = 1.0  # that a refusal waits for it
 CLEAN_UP_S = 5.0  # for handlers that a closing server has cancelled
 
 Authorize = Callable[[str | None], None]  # gets the header "authorization"; raises Unauthenticated
@@ -108,10 +109,7 @@ class GrpcServer(Server):
             self._running.add(task)
             CALLER.set(valid_traceparent(_metadata(context, "traceparent")))
             try:
-                if self._security is not None:
-                    self._security.check_caller(context.auth_context())
-                if self._authorize is not None:
-                    self._authorize(_authorization(context))
+                await self._admit(method, requests, context)
                 await respond(method, handler, _Decoded(method, requests), _encoding(method, context))
             except BatonError as error:
                 await context.abort(*_to_status(error))
@@ -119,6 +117,20 @@ class GrpcServer(Server):
                 self._running.discard(task)
 
         return serve_call
+
+    async def _admit(self, method: Method[Any, Any], requests: Any, context: Any) -> None:
+        """Raises Unauthenticated; once the first request is here, because gRPC's clients take a refusal that crosses it
+        for an internal error of their own."""
+        try:
+            if self._security is not None:
+                self._security.check_caller(method.caller, context.auth_context())
+            if self._authorize is not None:
+                self._authorize(_authorization(context))
+        except BatonError:
+            with suppress(TimeoutError):
+                async with self._clock.timeout(FIRST_REQUEST_S):
+                    await anext(requests, None)
+            raise
 
 
 def _authorization(context: Any) -> str | None:

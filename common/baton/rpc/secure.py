@@ -15,6 +15,7 @@ import grpc
 
 from baton.certificates import Certificates, Loaded, PeerRole
 from baton.errors import Unauthenticated
+from baton.rpc.base import Caller
 
 DIAGNOSE_S = 1.0  # for the connection that finds out
 _NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNEXPECTED_MESSAGE", "HTTP_REQUEST"}
@@ -23,13 +24,11 @@ _SET_ALL = "set tls.cert, tls.key and tls.ca"
 
 @dataclass(frozen=True, slots=True)
 class Security:
-    """`server`: the role whose certificate a server must show to our channels. `callers`: the role that may call our
-    server; None: whoever has a certificate of the authority. `serve_plain`: our own server is without TLS;
-    `ask_callers` False: it asks for no certificates."""
+    """`server`: the role whose certificate a server must show to our channels. `serve_plain`: our own server is without
+    TLS; `ask_callers` False: it asks for no certificates."""
 
     certificates: Certificates
     server: PeerRole = "worker"
-    callers: PeerRole | None = None
     serve_plain: bool = False
     ask_callers: bool = True
 
@@ -45,12 +44,12 @@ class Security:
         loaded = self.certificates.current()
         return grpc.ssl_server_certificate_configuration([(loaded.key, loaded.cert)], loaded.ca)
 
-    def check_caller(self, auth: Mapping[str, Any]) -> None:
+    def check_caller(self, caller: Caller, auth: Mapping[str, Any]) -> None:
         """Raises Unauthenticated. `auth` is a call's authentication context."""
-        if self.callers is None or self.serve_plain:
+        if caller == "anyone":
             return
         names = [name.decode() for name in auth.get("x509_subject_alternative_name", ())]
-        wanted = self.certificates.name_of(self.callers)
+        wanted = self.certificates.name_of(caller)
         if wanted not in names:
             shown = ", ".join(names) or "no name"
             raise Unauthenticated(f"only {wanted} may call here; the caller's certificate is for {shown}")
