@@ -39,9 +39,9 @@ def test_it_answers_through_a_pair(fleet: None) -> None:
 
 
 def test_it_scales(fleet: None) -> None:
-    compose("up", "-d", "--no-build", "--scale", "decode=2")
-    assert len(containers("decode")) == 2
-    wait("the second pair", lambda: num_proven_pairs() == 2)
+    compose("up", "-d", "--no-build", "--scale", "decode=2", "--scale", "prefill=2")
+    assert len(containers("decode")) == len(containers("prefill")) == 2
+    wait("four pairs", lambda: num_proven_pairs() == 4)
     assert ask() == "bob lima"
 
 
@@ -59,9 +59,9 @@ def test_a_decode_container_dies_in_the_middle_of_a_stream(fleet: None) -> None:
     assert killed and ("error" in events[-1] or events[-1]["choices"][0]["finish_reason"] == "length")
     # The other one serves on at once; the killed one joins again when it is started.
     assert ask() == "bob lima"
-    wait("noticing", lambda: num_proven_pairs() == 1)
+    wait("noticing", lambda: num_proven_pairs() == 2)
     run("podman", "start", killed)
-    wait("the pair to be proven again", lambda: num_proven_pairs() == 2)
+    wait("its pairs to be proven again", lambda: num_proven_pairs() == 4)
     assert ask() == "bob lima"
 
 
@@ -77,6 +77,17 @@ def test_redis_may_die_and_come_back(fleet: None) -> None:
     run("podman", "start", redis)
     wait("the index", lambda: bool(health()["index"]["healthy"]), 60.0)
     assert ask() == "bob lima"
+
+
+def test_a_worker_may_start_before_redis(fleet: None) -> None:
+    [redis] = containers("redis")
+    worker = containers("decode")[0]
+    run("podman", "kill", redis, worker)
+    run("podman", "start", worker)
+    assert ask() == "bob lima"  # by the other one
+    wait("noticing", lambda: num_proven_pairs() == 2)
+    run("podman", "start", redis)
+    wait("its pairs to be proven again", lambda: num_proven_pairs() == 4)
 
 
 def test_processes_are_not_root_and_cannot_write(fleet: None) -> None:
