@@ -39,7 +39,8 @@ def test_it_answers_through_a_pair(fleet: None) -> None:
 
 
 def test_it_scales(fleet: None) -> None:
-    compose("up", "-d", "--no-build", "--scale", "decode=2", "--scale", "prefill=2")
+    for scale in ("decode=2", "prefill=2"):  # podman-compose takes one at a time
+        compose("up", "-d", "--no-build", "--scale", scale)
     assert len(containers("decode")) == len(containers("prefill")) == 2
     wait("four pairs", lambda: num_proven_pairs() == 4)
     assert ask() == "bob lima"
