@@ -146,7 +146,7 @@ class Bench:
             Contestant(results.BATON_REPLICAS, both, replicas),
             Contestant(results.BATON_256, long, baton(results.BATON_256, model, *chunks, num_threads=2)),
             self._peer(results.VLLM_1, both, lambda row: peers.vllm(row, model, "0")),
-            self._peer(results.VLLM_PAIR_QUIET, both, lambda row: peers.vllm_pair(row, model, progress_thread=False)),
+            self._peer(results.VLLM_PAIR_QUIET, both, lambda row: peers.vllm_pair(row, model, as_shipped=False)),
         ]  # fmt: skip
         self._take_turns(contestants, [])
 
@@ -156,7 +156,7 @@ class Bench:
         pair = self._peer(
             results.VLLM_PAIR,
             ("c1", "c8", "long"),
-            lambda row: peers.vllm_pair(row, model, progress_thread=True),
+            lambda row: peers.vllm_pair(row, model, as_shipped=True),
         )
         self._take_turns([pair], [])
 
@@ -311,6 +311,8 @@ def main() -> None:
     sizes = QUICK if options.quick else Sizes(num_rounds=options.rounds)
     log_dir = Path(tempfile.mkdtemp(prefix="bench-engine-"))
     peers, load_before = Peers(options.peers), os.getloadavg()[0]
+    if peers.installed and not peers.is_current:
+        sys.exit(f"{options.peers} is an older one: run --make-peer-env {options.peers} again")
     bench = Bench(sizes, options.models, peers, options.without, log_dir)
     bench.say(f"logs of the servers in {log_dir}, load average {load_before:.2f}")
     for group in options.only:

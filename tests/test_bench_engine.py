@@ -1,14 +1,17 @@
 """What the engine benchmark says follows from what it measured; its figures are taken elsewhere."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from engine_bench import results
 from engine_bench.loads import FIRST_WORD, _gaps, text_of
 from engine_bench.results import Results, goal_table, tables, verdicts
+from engine_bench.servers import Process, Server, Spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from baton import LLM, SamplingParams
@@ -91,6 +94,31 @@ def test_the_models_are_what_every_engine_takes(tiny: Path) -> None:
         [output] = llm.generate(ids, SamplingParams(max_tokens=32, temperature=0))
     assert len(output.token_ids) == 32, "it never chooses its end token"
     assert len(output.text.split()) == 32, "every token is a word"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core leaves no choice")
+def test_a_thread_that_a_server_bound_is_moved_and_one_that_is_free_stays(tmp_path: Path) -> None:
+    free = sorted(os.sched_getaffinity(0))
+    binds_itself = (
+        "import os, threading; threading.Thread(target=threading.Event().wait).start(); "
+        f"os.sched_setaffinity(0, {{{free[-1]}}}); print('bound', flush=True); threading.Event().wait()"
+    )
+    server = Server(
+        Spec("peer", (Process((sys.executable, "-c", binds_itself), core=free[0]),), ()), tmp_path
+    )
+    try:
+        [log] = tmp_path.iterdir()
+        while "bound" not in log.read_text():
+            time.sleep(0.01)
+        server.bind()
+        threads = [int(path.name) for path in Path(f"/proc/{server._processes[0].pid}/task").iterdir()]
+        assert os.sched_getaffinity(server._processes[0].pid) == {free[0]}
+        assert {tuple(sorted(os.sched_getaffinity(thread))) for thread in threads} <= {
+            (free[0],),
+            tuple(free),
+        }
+    finally:
+        server.stop()
 
 
 def test_code_stats_counts_every_line_once() -> None:

