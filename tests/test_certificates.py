@@ -5,6 +5,7 @@ import shutil
 import stat
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ import httpx
 import pytest
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from test_mirror import record_of
 from typer.testing import CliRunner
 
 from baton import messages as m
 from baton.certificates import Certificates, load_certificates
 from baton.clock import SystemClock
-from baton.config import TlsConfig
+from baton.config import RouterConfig, TlsConfig
 from baton.errors import ConfigError, Unauthenticated, Unavailable
+from baton.index.base import WorkerJoined
+from baton.request import WorkerId
 from baton.rpc import ROUTER_CANCEL, SESSION, GrpcRpc, Security
 from baton.rpc.calls import single
 from baton.rpc.grpc_server import GrpcServer
@@ -29,6 +33,9 @@ from baton_cli.certs import CA_LIFE, ROLES, Directory, make_certificates, utc_no
 from baton_cli.cluster_secrets import ClusterSecrets
 from baton_cli.main import app
 from baton_cli.probe import probe
+from baton_router.fleet import Fleet
+from baton_router.fleet_view import readiness
+from baton_router.mirror import PrefixMirror
 
 TIMEOUT_S = 5.0
 CALL = m.CancelCall("r")
@@ -439,3 +446,37 @@ class TestProbes:
         ):
             answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+class TestFleet:
+    @pytest.mark.parametrize("known_by", ["address", "index"])
+    async def test_a_router_says_why_it_does_not_use_a_worker(self, fleets: Path, known_by: str) -> None:
+        """Their certificates are of two authorities."""
+        told: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
+        async with worker(fleets / "ours/worker") as server:
+            config = RouterConfig(workers=(server.address,) if known_by == "address" else ())
+            mirror = PrefixMirror(SystemClock())
+            rpc = GrpcRpc(SystemClock(), security=Security(certificates(fleets / "foreign/router")))
+            fleet = Fleet(
+                config, rpc, mirror, None, SystemClock(), lambda name, **what: told.put_nowait((name, what))
+            )
+            record = replace(record_of(WorkerId("w")), address=server.address)
+            if known_by == "index":
+                mirror.apply(WorkerJoined(record))
+            running = asyncio.create_task(fleet.run(no_trial))
+            try:
+                wanted = {"address": "worker.unreachable", "index": "link.failed"}[known_by]
+                while (event := await asyncio.wait_for(told.get(), TIMEOUT_S))[0] != wanted:
+                    pass
+                where = server.address if known_by == "address" else "w"
+                why = fleet.unreachable()[where]
+                assert event[1]["why"] == why
+                assert "its certificate is not accepted here" in why and "compare tls.ca" in why
+                assert f"{where} is not used: {why}" in readiness(fleet).reasons
+            finally:
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
+
+
+async def no_trial(*_: Any) -> Any:
+    raise AssertionError("there is no pair")
