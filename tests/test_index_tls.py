@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import trustme
@@ -145,6 +146,16 @@ async def test_registry_and_index_work_under_an_authority_of_their_own(
         assert await index.match(CHAIN, [W1]) == {W1: 5}
         async with aclosing(index.watch()) as watched:
             assert await anext(watched) == WorkerJoined(record_of(W1))
+
+
+async def test_the_authority_may_be_in_the_url(plain: RedisServer, authority: Authority) -> None:
+    """As a Secret holds it: no file has to be where the process runs."""
+    async with proxied(plain, authority, clients=False) as port:
+        url = f"rediss://localhost:{port}/0?ssl_ca_data={quote(authority.file.read_text())}"
+        async with aclosing(RedisIndex(url, "fleet", CLOCK, timeout_s=5.0)) as index:
+            await join(index, record_of(W1), CHAIN)
+            assert await index.match(CHAIN, [W1]) == {W1: 5}
+            assert "CERTIFICATE" not in index.where
 
 
 @FRONTS
