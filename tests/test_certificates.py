@@ -157,8 +157,9 @@ class TestFiles:
             load_certificates(TlsConfig(cert="x"), "worker", SystemClock())
 
     def test_files_are_read_again_when_they_change_and_only_if_they_can_be_used(
-        self, fleets: Path, tmp_path: Path
+        self, fleets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
+        """What cannot be used is said once."""
         shutil.copytree(fleets / "ours", tmp_path / "f")
         found = certificates(tmp_path / "f" / "worker")
         first = found.current()
@@ -167,6 +168,8 @@ class TestFiles:
         assert found.current() is first
         shutil.rmtree(tmp_path / "f/worker")
         assert found.current() is first
+        assert found.current() is first
+        assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
         make(tmp_path / "f")
         renewed = found.current()
         assert renewed is not first

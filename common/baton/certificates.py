@@ -51,6 +51,7 @@ class Certificates:
         self._files = _files(config)
         self._own_name = self.name_of(own)
         self._clock = clock
+        self._complaint = ""  # the latest, until files could be used again
         self._seen = _signature(self._files)
         self._loaded = self._load()
 
@@ -66,9 +67,8 @@ class Certificates:
             if seen != self._seen:
                 self._take(self._load(), seen)
         except ConfigError as error:
-            if seen != self._seen:  # said once, tried again when they change
-                event(log, "the certificate stays the former one", level=logging.WARNING, why=error.message)
-            self._seen = seen
+            self._seen = seen  # tried again when they change
+            self._complain(error.message)
         return self._loaded
 
     @property
@@ -79,10 +79,15 @@ class Certificates:
     def _is_past(self, moment: datetime) -> bool:
         return moment <= datetime.fromtimestamp(self._clock.wall(), UTC)
 
+    def _complain(self, why: str) -> None:
+        if why != self._complaint:
+            event(log, "the certificate stays the former one", level=logging.WARNING, why=why)
+        self._complaint = why
+
     def _take(self, loaded: Loaded, seen: Signature) -> None:
         if _signature(self._files) != seen:
             return  # they are being written; the next call sees the rest
-        self._seen, self._loaded = seen, loaded
+        self._seen, self._loaded, self._complaint = seen, loaded, ""
         event(log, "the certificate was read again", valid_until=loaded.not_after.isoformat())
 
     def _load(self) -> Loaded:
