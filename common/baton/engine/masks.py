@@ -5,7 +5,7 @@ the GIL, so that the model's thread goes on meanwhile.
 """
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from baton.engine.sampling_state import SamplingState
@@ -31,7 +31,7 @@ class MaskMaker:
         try:
             yield
         finally:
-            wait((making,))
+            making.exception()  # waits for it
         making.result()
 
     def close(self) -> None:
