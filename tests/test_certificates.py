@@ -15,11 +15,12 @@ import httpx
 import pytest
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry
 from test_mirror import record_of
 from typer.testing import CliRunner
 
 from baton import messages as m
-from baton.certificates import Certificates, load_certificates
+from baton.certificates import Certificates, export_expiry, load_certificates
 from baton.clock import SystemClock
 from baton.config import RouterConfig, TlsConfig
 from baton.errors import ConfigError, Unauthenticated, Unavailable
@@ -174,6 +175,12 @@ class TestFiles:
         renewed = found.current()
         assert renewed is not first
         assert renewed.cert == (tmp_path / "f/worker/tls.crt").read_bytes()
+
+    def test_when_it_expires_is_a_metric(self, fleets: Path) -> None:
+        name, registry = "baton_certificate_expiry_timestamp_seconds", CollectorRegistry()
+        found = certificates(fleets / "ours/worker")
+        export_expiry(found, registry)
+        assert registry.get_sample_value(name) == found.current().not_after.timestamp()
 
 
 class TestAuthority:

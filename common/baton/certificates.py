@@ -10,6 +10,7 @@ authority are of no use here.
 """
 
 import logging
+import math
 import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from typing import Literal, TypeAlias
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
+from prometheus_client import CollectorRegistry, Gauge
 
 from baton.clock import Clock
 from baton.config import TlsConfig
@@ -115,6 +117,16 @@ class Certificates:
 def load_certificates(config: TlsConfig, own: PeerRole, clock: Clock) -> Certificates | None:
     """None: no TLS. Raises ConfigError."""
     return Certificates(config, own, clock) if config.cert or config.key or config.ca else None
+
+
+def export_expiry(certificates: Certificates | None, registry: CollectorRegistry) -> None:
+    """A metric: who renews may be late, or gone."""
+    gauge = Gauge(
+        "baton_certificate_expiry_timestamp_seconds",
+        "When this process's certificate expires, in Unix time; NaN without TLS.",
+        registry=registry,
+    )
+    gauge.set_function(lambda: certificates.current().not_after.timestamp() if certificates else math.nan)
 
 
 def _files(config: TlsConfig) -> tuple[Path, Path, Path]:

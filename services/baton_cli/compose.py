@@ -14,7 +14,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from baton.certificates import Certificates, load_certificates
+from baton.certificates import Certificates, export_expiry, load_certificates
 from baton.clock import Clock, SystemClock
 from baton.config import WorkerConfig
 from baton.engine.batch import Pressure, StepOutput
@@ -52,6 +52,7 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
     registry = CollectorRegistry()
     metrics = WorkerMetrics(registry)
     certificates = load_certificates(config.tls, "worker", clock)
+    export_expiry(certificates, registry)
     loaded = await asyncio.to_thread(load_runner, config.model, config.engine)
     runner = loaded.runner
     async with contextlib.AsyncExitStack() as closing:

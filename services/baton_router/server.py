@@ -9,7 +9,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from baton.certificates import load_certificates
+from baton.certificates import Certificates, export_expiry, load_certificates
 from baton.clock import Clock, SystemClock
 from baton.config import RouterConfig
 from baton.errors import ConfigError
@@ -43,7 +43,8 @@ async def run_router(config: RouterConfig, *, stop: asyncio.Event, ready: Ready)
     """One router, until `stop` is set. `ready` gets what `baton up` shows of it. Raises ConfigError."""
     clock, emit = SystemClock(), LogEvents(log)
     keys = load_api_keys(config.api_keys_file)
-    security = _security(config, clock)
+    certificates = load_certificates(config.tls, "router", clock)
+    security = _security(config, certificates)
     model_dir = await asyncio.to_thread(
         resolve_model, config.model.model, config.model.revision, TOKENIZER_FILES
     )
@@ -65,7 +66,7 @@ async def run_router(config: RouterConfig, *, stop: asyncio.Event, ready: Ready)
             lambda: _max_model_len(config, fleet),
             clock,
             rng,
-            _metrics(config),
+            _metrics(config, certificates),
             request_timeout_s=config.request_timeout_s,
             tracer=tracer,
             log_prompts=config.log_prompts,
@@ -86,8 +87,7 @@ async def run_router(config: RouterConfig, *, stop: asyncio.Event, ready: Ready)
             following.result()
 
 
-def _security(config: RouterConfig, clock: Clock) -> Security | None:
-    certificates = load_certificates(config.tls, "router", clock)
+def _security(config: RouterConfig, certificates: Certificates | None) -> Security | None:
     if certificates is not None:
         mode = config.grpc_tls
         return Security(certificates, serve_plain=mode == "none", ask_callers=mode == "mutual")
@@ -96,9 +96,10 @@ def _security(config: RouterConfig, clock: Clock) -> Security | None:
     return None
 
 
-def _metrics(config: RouterConfig) -> RouterMetrics:
+def _metrics(config: RouterConfig, certificates: Certificates | None) -> RouterMetrics:
     registry = CollectorRegistry()
     metrics = RouterMetrics(registry)
+    export_expiry(certificates, registry)
     names = config.model.served_model_name or (config.model.model,)
     registry.register(RouterVllmNames(registry, names[0], "router"))
     return metrics

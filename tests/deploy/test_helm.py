@@ -45,6 +45,7 @@ from typer.testing import CliRunner
 import baton
 import baton.rpc.grpc
 import baton_router.app
+from baton.certificates import export_expiry
 from baton.config import RouterConfig, TlsConfig, WorkerConfig
 from baton.settings import env_name, load, load_log
 from baton.vllm_metrics import RouterVllmNames
@@ -366,6 +367,7 @@ def metric_names() -> set[str]:
     for metrics in (WorkerMetrics, RouterMetrics):
         registry = CollectorRegistry()
         metrics(registry)
+        export_expiry(None, registry)
         text = generate_latest(registry).decode()
         for name, kind in re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE):
             names |= {f"{name}_bucket", f"{name}_sum", f"{name}_count"} if kind == "histogram" else {name}
@@ -513,12 +515,14 @@ FIRES: dict[str, dict[str, str]] = {
     },
     "BatonKvDamaged": {'baton_transfer_digest_mismatches_total{direction="received"}': "0+1x60"},
     "BatonIndexLost": {"baton_router_index_healthy": "0+0x60"},
+    "BatonCertificateExpires": {"baton_certificate_expiry_timestamp_seconds": "600000+0x60"},
     "BatonSilent": {"up": "0+0x60"},
 }
 # A fleet that is well: nothing fires.
 WELL = {
     "up": "1+0x60",
     "baton_router_index_healthy": "1+0x60",
+    "baton_certificate_expiry_timestamp_seconds": "8000000+0x60",
     'baton_router_workers{role="prefill",state="ready"}': "1+0x60",
     'baton_router_workers{role="decode",state="ready"}': "1+0x60",
     'baton_router_requests_total{endpoint="/v1/chat/completions",status="200"}': "0+100x60",
