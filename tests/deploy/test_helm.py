@@ -963,6 +963,13 @@ def test_long_names_fit() -> None:
 # --- what the user reads ---
 
 
+def test_the_notes_say_whether_pods_speak_in_the_clear() -> None:
+    assert "in the clear" in notes({})
+    assert "valid for 365 days" in notes(OWN)
+    given = notes({"tls": {"secrets": {"router": "a", "worker": "b"}}})
+    assert "in the clear" not in given and "valid for" not in given
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_first_request_of_the_notes_is_a_valid_one(name: str) -> None:
     text = notes(example(name))
