@@ -175,6 +175,9 @@ class Received:
     num_blocks: int
     num_bytes: int
     seconds: float  # first piece opened to last piece verified
+    first_token: int | None = (
+        None  # as the last piece said: the prefill worker may be lost before it answers with it
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -216,7 +216,9 @@ class Session:
             return
         context.receiver.go_live(job.request_id)
         started_s, ended_s = hand_over.opened_s or 0.0, hand_over.closed_s or 0.0
-        self._say(Received(job.handle, num_blocks, hand_over.num_bytes, ended_s - started_s))
+        self._say(
+            Received(job.handle, num_blocks, hand_over.num_bytes, ended_s - started_s, hand_over.first_token)
+        )
         context.emit("kv.received", **about(job.request), blocks=num_blocks)
         job.trace.set({"baton.bytes": hand_over.num_bytes, "baton.mismatches": hand_over.num_mismatches})
         job.trace.phase("run")

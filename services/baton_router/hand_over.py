@@ -90,12 +90,19 @@ class HandOver:
             self._fail(TransferError(pushed.reason))
 
     def _fail(self, error: BatonError) -> None:
-        """The KV will not come."""
+        """The KV will not come, or not the answer."""
         attempt = self._attempt
-        if self._repaired or attempt.received.done() or attempt.finished.done():
+        if (
+            self._repaired
+            or attempt.finished.done()
+            or (attempt.received.done() and self._first_token is not None)
+        ):
             return
         if self._is_trial or not isinstance(error, TransferError | WorkerLost):
             attempt.fail(error)
+            return
+        if attempt.received.done():
+            attempt.answer_lost(error)
             return
         self._repaired = True
         self._emit(

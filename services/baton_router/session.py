@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from baton.errors import BatonError, InternalError, from_code
+from baton.errors import BatonError, InternalError, WorkerLost, from_code
 from baton.messages import (
     Cancel,
     Failure,
@@ -39,9 +39,7 @@ class Attempt:
         self.request = request
         self.ticket: asyncio.Future[Ticket] = loop.create_future()
         self.received: asyncio.Future[Received] = loop.create_future()
-        self.finished: asyncio.Future[FinishReason] = (
-            loop.create_future()
-        )  # all samples; the last one's reason
+        self.finished: asyncio.Future[None] = loop.create_future()  # the stream has the ends of all samples
         self._stream = stream
         self._next_index = [first_index] + [0] * (request.sampling.n - 1)  # of each sample; see _ENDED
         self._num_running = request.sampling.n
@@ -57,13 +55,15 @@ class Attempt:
     def start_stream(self, first: Tokens | None = None) -> None:
         """Now that the first sample's first token is there, or is made by the decode worker, too, all others may
         follow."""
+        held, self._held = self._held or [], None
         if first is not None:
             self._stream.push(first)
             if first.finish_reason is not None:
-                self._end(0, first.finish_reason)
-        held, self._held = self._held or [], None
+                held = [tokens for tokens in held if tokens.sample]  # the decode worker saw that end, too
+                self.drop(0)
         for tokens in held:
             self._stream.push(tokens)
+        self._finish_if_all_ended()
 
     def tokens(
         self,
@@ -91,7 +91,7 @@ class Attempt:
         else:
             self._held.append(tokens)
         if reason is not None:
-            self._end(sample, reason)
+            self._end(sample)
 
     def finish(self, sample: int, reason: FinishReason) -> None:
         """Ended without a row of its own, or told so already by its last row."""
@@ -101,25 +101,49 @@ class Attempt:
     def drop(self, sample: int) -> None:
         """Nobody wants more of it."""
         if self._next_index[sample] != _ENDED:
-            self._end(sample, FinishReason.STOP)
+            self._end(sample)
 
-    def _end(self, sample: int, reason: FinishReason) -> None:
+    def _end(self, sample: int) -> None:
         self._next_index[sample] = _ENDED
         self._num_running -= 1
-        if not self._num_running:
-            self._resolve(self.finished, reason)
+        self._finish_if_all_ended()
+
+    def _finish_if_all_ended(self) -> None:
+        """Not while anything is held: the decode worker may end before the prefill worker's answer is here."""
+        if not self._num_running and self._held is None:
+            self._resolve(self.finished, None)
 
     def recomputed(self) -> None:
         """The decode worker draws the first token, too, unless the stream has it."""
         if self._held is not None:
-            self._next_index[0] = 0
+            if self._next_index[0] != _ENDED:
+                self._next_index[0] = 0
             self.start_stream()
 
     def got_ticket(self, ticket: Ticket) -> None:
         self._resolve(self.ticket, ticket)
 
     def got_kv(self, received: Received) -> None:
+        """After `recomputed` it means that the KV had come when the worker was asked to compute the prompt. It does
+        not do so, and its first token is the one that came with the KV."""
         self._resolve(self.received, received)
+        if self._held is None and self._next_index[0] == 0:
+            self._first_from_kv(WorkerLost("the first token was lost with the prefill worker"))
+
+    def answer_lost(self, error: BatonError) -> None:
+        """The KV is there, but the prefill worker's answer will not come."""
+        if self._held is not None:
+            self._first_from_kv(error)
+
+    def _first_from_kv(self, error: BatonError) -> None:
+        """Log probabilities do not travel with the KV: a request that asked for them fails with `error`."""
+        sampling, first = self.request.sampling, self.received.result().first_token
+        if first is None or sampling.logprobs is not None or sampling.prompt_logprobs is not None:
+            self.fail(error)
+            return
+        self.start_stream(Tokens(0, (first,), None))
+        if self._next_index[0] == 0:
+            self._next_index[0] = 1
 
     def fail(self, error: BatonError) -> None:
         self.error = self.error or error.code

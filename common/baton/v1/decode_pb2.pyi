@@ -120,16 +120,18 @@ class Missed(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Received(_message.Message):
-    __slots__ = ("handle", "num_blocks", "num_bytes", "seconds")
+    __slots__ = ("handle", "num_blocks", "num_bytes", "seconds", "first_token")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     handle: int
     num_blocks: int
     num_bytes: int
     seconds: float
-    def __init__(self, handle: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    first_token: int
+    def __init__(self, handle: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., first_token: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("load",)
