@@ -1,12 +1,16 @@
 """Placement is a pure function: each term of the cost decides when nothing else differs."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
-from baton.messages import Compatibility, Load, Role, WorkerRecord
-from baton.request import WorkerId
-from baton_router.placement import Candidate, Placement, place
+import pytest
 
+from baton.messages import Compatibility, Load, PrefixSource, Role, WorkerRecord
+from baton.request import WorkerId
+from baton_router.placement import FETCH_S, FETCH_SLACK_S, Candidate, Placement, place
+
+CanFetch = Callable[[WorkerRecord, WorkerRecord, WorkerRecord], bool]
 LOAD = Load(num_free_blocks=1000, prefill_tokens_per_s=1000, decode_step_s=0.02, transfer_bytes_per_s=1e9)
 
 
@@ -120,3 +124,79 @@ def test_each_of_several_samples_needs_blocks_of_its_own_beside_those_of_the_pro
         return place(640, 64, [prefill("p")], [nearly_full, slow], random.Random(0), proven, num_samples)
 
     assert [placed and placed.decode for placed in map(chosen, (1, 2, 32))] == ["d1", "d1", "d2"]
+
+
+# --- a prefix that somebody else holds ---
+
+
+def anybody(owner: WorkerRecord, prefill: WorkerRecord, decode: WorkerRecord) -> bool:
+    return True
+
+
+def source(
+    prefills: list[Candidate], decodes: list[Candidate], tokens: int = 648, can_fetch: CanFetch = anybody
+) -> PrefixSource | None:
+    found = place(tokens, 64, prefills, decodes, random.Random(0), proven, can_fetch=can_fetch)
+    assert found is not None
+    return found.source
+
+
+def test_what_the_decode_worker_holds_is_fetched_where_that_is_faster_than_computing_it() -> None:
+    found = source([prefill("p")], [decode("d", num_held_blocks=40)])
+    assert found == PrefixSource(WorkerId("d"), "d", 640, timeout_s=0.64 + FETCH_SLACK_S)
+    # 40 blocks of 1 MiB: 0.42 s over this wire, 0.064 s of computing
+    fast = prefill("p", prefill_tokens_per_s=10_000)
+    assert source([fast], [decode("d", num_held_blocks=40, transfer_bytes_per_s=1e8)]) is None
+    assert source([fast], [decode("d", num_held_blocks=40, transfer_bytes_per_s=1e9)]) is not None
+
+
+def test_the_cost_of_a_fetch_is_the_wire_instead_of_the_computation() -> None:
+    p, d = prefill("p", num_held_blocks=10), decode("d", num_held_blocks=40)
+    fetched = place(648, 64, [p], [d], random.Random(0), proven, can_fetch=anybody)
+    computed = place(648, 64, [p], [d], random.Random(0), proven)
+    assert fetched is not None and computed is not None and computed.source is None
+    saved_s = 30 * 16 / 1000 - (FETCH_S + 30 * (1 << 20) / 1e9)
+    assert computed.predicted_s - fetched.predicted_s == pytest.approx(saved_s)
+
+
+def test_the_last_token_is_always_computed() -> None:
+    found = source([prefill("p")], [decode("d", num_held_blocks=40)], tokens=640)
+    assert found is not None and found.num_tokens == 624
+
+
+def test_one_block_is_not_worth_a_call() -> None:
+    slow = 1.0  # token per second: computing the block takes 16 s
+    p = prefill("p", num_held_blocks=39, prefill_tokens_per_s=slow)
+    assert source([p], [decode("d", num_held_blocks=40)]) is None
+    p = prefill("p", num_held_blocks=38, prefill_tokens_per_s=slow)
+    assert source([p], [decode("d", num_held_blocks=40)]) is not None
+
+
+def test_the_longest_prefix_is_fetched_from_whoever_may_give_it() -> None:
+    d1, d2 = decode("d1", num_held_blocks=20), decode("d2", num_held_blocks=40, num_free_blocks=10)
+    found = source([prefill("p")], [d1, d2])
+    assert found is not None and (found.worker_id, found.num_tokens) == ("d2", 640)
+    found = source([prefill("p")], [d1, d2], can_fetch=lambda owner, p, d: owner.worker_id != "d2")
+    assert found is not None and (found.worker_id, found.num_tokens) == ("d1", 320)
+    assert source([prefill("p")], [d1, d2], can_fetch=lambda owner, p, d: False) is None
+
+
+def test_an_owner_needs_the_same_model_and_a_common_transport() -> None:
+    other_model = decode("d1", num_held_blocks=40, compatibility=Compatibility(weights="g"))
+    other_wire = decode("d2", num_held_blocks=40, transports=("ucx",))
+    assert source([prefill("p")], [other_model, other_wire, decode("d3")]) is None
+
+
+def test_an_idle_prefill_worker_fetches_what_a_busy_one_holds() -> None:
+    busy = prefill("p1", num_held_blocks=40, num_waiting_tokens=5000)
+    placed = place(648, 64, [busy, prefill("p2")], [decode("d")], random.Random(0), proven, can_fetch=anybody)
+    assert placed is not None and placed.prefill == "p2"
+    assert placed.source is not None and placed.source.worker_id == "p1"
+
+
+def test_blocks_of_another_size_are_counted_in_tokens() -> None:
+    """The owner's 20 blocks of 32 are 640 tokens; the prefill worker's 39 of 16 are all but one block of its own."""
+    d = decode("d", num_held_blocks=20, block_size=32, kv_block_bytes=2 << 20)
+    found = source([prefill("p", prefill_tokens_per_s=1.0)], [d])
+    assert found is not None and found.num_tokens == 640
+    assert source([prefill("p", num_held_blocks=39, prefill_tokens_per_s=1.0)], [d]) is None

@@ -31,7 +31,7 @@ from baton.engine.worker import Worker
 from baton.errors import ConfigError
 from baton.kv.cache_manager import KVCacheManager
 from baton.kv.offload import HostBlocks
-from baton.messages import Purpose
+from baton.messages import Load, Purpose
 from baton.request import BlockId, Request, RequestId, SamplingParams
 from baton.worker_metrics import WorkerMetrics
 from baton_cli.compose import count_steps
@@ -253,6 +253,9 @@ async def test_pressure_is_told_as_metrics() -> None:
 
         def blocks_by_purpose(self) -> dict[Purpose, int]:
             return {}
+
+        def load(self) -> Load:
+            return self.engine.load()
 
     engine, runner = make_engine(num_blocks=6, swap_space_bytes=3 * BLOCK_BYTES)
     registry, worker = CollectorRegistry(), OneEngine(engine)

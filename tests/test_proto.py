@@ -12,12 +12,12 @@ import pytest
 
 from baton import codec, rpc
 from baton import messages as m
-from baton.v1 import decode_pb2, prefill_pb2, router_pb2, status_pb2
+from baton.v1 import decode_pb2, prefill_pb2, prefix_pb2, router_pb2, status_pb2
 
 ROOT = Path(__file__).parent.parent
 SERVICES = [
     service
-    for module in (router_pb2, prefill_pb2, decode_pb2, status_pb2)
+    for module in (router_pb2, prefill_pb2, prefix_pb2, decode_pb2, status_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
 ]
 METHODS = [method for method in vars(rpc).values() if isinstance(method, rpc.Method)]

@@ -38,6 +38,7 @@ from baton.v1 import (
     decode_pb2,
     error_pb2,
     prefill_pb2,
+    prefix_pb2,
     request_pb2,
     router_pb2,
     status_pb2,
@@ -401,6 +402,10 @@ PROTOS: Mapping[type, type[Message]] = {
     m.PrefillCall: prefill_pb2.PrefillRequest,
     m.PrefillResult: prefill_pb2.PrefillResult,
     m.Pushed: prefill_pb2.Pushed,
+    m.PrefixSource: prefill_pb2.PrefixSource,
+    m.Fetched: prefill_pb2.Fetched,
+    m.FetchCall: prefix_pb2.FetchRequest,
+    m.FetchResult: prefix_pb2.FetchResponse,
     m.WorkerStatus: status_pb2.WorkerStatus,
     m.StatusCall: status_pb2.StatusGetRequest,  # and StatusWatchRequest, which reads the same
     m.Holder: status_pb2.Holder,

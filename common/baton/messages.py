@@ -197,10 +197,64 @@ SessionDown = Ticket | Failure | Step | Received | Missed | Heartbeat
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixSource:
+    """A worker that is said to hold the first num_tokens of a prompt. To be fetched within timeout_s: computing them
+    takes about as long."""
+
+    worker_id: WorkerId
+    address: str  # gRPC host:port
+    num_tokens: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillCall:
     request: Request
     ticket: Ticket
     deadline_s: float
+    source: PrefixSource | None = (
+        None  # where to fetch the beginning of the prompt from, instead of computing it
+    )
+
+
+class FetchOutcome(enum.StrEnum):
+    OK = "ok"
+    EVICTED = "evicted"  # the owner does not hold as much any more
+    LATE = "late"  # computing it would have been as fast
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What became of a prefix that was to be fetched. Unless it is OK, the prefix was computed."""
+
+    outcome: FetchOutcome
+    source_id: WorkerId
+    num_tokens: int  # that came
+    num_held_tokens: (
+        int  # by the owner, as far as it was asked for; it said so itself unless it FAILED or was LATE
+    )
+    seconds: float
+    num_mismatches: int = 0  # pieces that did not match their digest
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchCall:
+    """To the owner of a prefix: push all of it to this ticket, if all of it is there. `prefix` is a request whose
+    prompt is the prefix; nothing is generated for it."""
+
+    prefix: Request
+    ticket: Ticket
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FetchResult:
+    """Less than what was asked for is held: nothing was pushed. Else all of it was."""
+
+    num_held_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,13 +263,14 @@ class PrefillResult:
 
     token_id: int
     finish_reason: FinishReason | None
-    num_cached_tokens: int  # of the prompt, found in the prefill worker's own prefix cache
+    num_cached_tokens: int  # of the prompt: found in the prefill worker's own prefix cache, or fetched
     queue_s: float
     prefill_s: float
     load: Load
     logprobs: TokenLogprobs | None = None  # where the request asked for them
     prompt_logprobs: PromptLogprobs | None = None  # likewise
     transport: str = ""  # over which the KV goes; empty when none is sent
+    fetched: Fetched | None = None  # where it had a source
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,17 @@ class Request:
         return frozenset(eos) | frozenset(self.sampling.stop_token_ids)
 
 
+def prefix_of(request: Request, num_tokens: int) -> Request:
+    """The beginning of its prompt, as a request of its own that is never answered. No user can give one this name."""
+    return Request(
+        RequestId(f"{request.request_id}#prefix"),
+        request.prompt_token_ids[:num_tokens],
+        cache_salt=request.cache_salt,
+        priority=request.priority,
+        traceparent=request.traceparent,
+    )
+
+
 def sample_id(request_id: RequestId, sample: int) -> RequestId:
     """No user can give a request this name."""
     return RequestId(f"{request_id}#{sample}") if sample else request_id

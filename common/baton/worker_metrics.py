@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from baton.errors import ConfigError
-from baton.messages import Load, Purpose
+from baton.messages import Fetched, FetchOutcome, Load, Purpose
 from baton.pair_metrics import PairMetrics
 from baton.transfer.report import TransferReport
 
@@ -122,6 +122,21 @@ class WorkerMetrics:
             ["direction"],
             registry=registry,
         )
+        self._fetches = Histogram(
+            "baton_prefix_fetch_seconds",
+            "Prefixes that another worker held; outcome: ok, and of those that were computed after all evicted, late, "
+            "failed, cancelled.",
+            ["outcome"],
+            buckets=TRANSFER_BUCKETS_S,
+            registry=registry,
+        )
+        for outcome in FetchOutcome:
+            self._fetches.labels(outcome.value)  # 0 is news too
+        self._fetched_tokens = Counter(
+            "baton_prefix_fetched_tokens",
+            "Prompt tokens whose KV came from another worker instead of being computed.",
+            registry=registry,
+        )
         self._transport = Gauge(
             "baton_transport_info",
             "Transports of KV blocks this worker has.",
@@ -189,6 +204,10 @@ class WorkerMetrics:
             self._transport_bytes.labels(report.transport).inc(report.num_bytes)
         if report.exposed_s is not None:
             self._transfer_exposed.observe(report.exposed_s)
+
+    def observe_fetch(self, fetched: Fetched) -> None:
+        self._fetches.labels(fetched.outcome.value).observe(fetched.seconds)
+        self._fetched_tokens.inc(fetched.num_tokens)
 
     def set_transports(self, names: Iterable[str]) -> None:
         self._transport.clear()

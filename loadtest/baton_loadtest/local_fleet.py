@@ -15,9 +15,11 @@ from baton.engine.engine import Engine
 from baton.engine.policy import policy_for
 from baton.engine.worker import Worker
 from baton.events import Emit
+from baton.handover.fetch import Fetcher
+from baton.handover.owner import PrefixOwner
 from baton.handover.receive import Receiver
 from baton.index.memory import MemoryIndex
-from baton.messages import Compatibility, Role, WorkerRecord
+from baton.messages import Compatibility, Fetched, Role, WorkerRecord
 from baton.request import Request, WorkerId
 from baton.rpc import Handlers, InprocRpc, InprocRpcNetwork
 from baton.transfer.base import Transport
@@ -43,6 +45,7 @@ class LocalWorker:
     running: asyncio.Task[None]
     stop: asyncio.Event
     prefill: PrefillService | None
+    fetcher: Fetcher
 
 
 class LocalFleet:
@@ -72,6 +75,7 @@ class LocalFleet:
         self.pipeline = Pipeline(router, self.fleet, clock, random.Random(seed), emit)
         self.workers: dict[WorkerId, LocalWorker] = {}
         self.transfers: list[TransferReport] = []  # of both ends, in the order they ended
+        self.fetches: list[Fetched] = []  # likewise
         self._num_started = 0
 
     @asynccontextmanager
@@ -130,11 +134,19 @@ class LocalFleet:
             lease_s=self._index_lease_s,
             heartbeat_s=HEARTBEAT_S,
         )
-        handlers: Handlers = {}
+        worker.explain(receiver.explain)
+        owner = PrefixOwner(
+            worker, storage, transport, self._transfer_config, clock, emit, self.transfers.append
+        )
+        handlers: Handlers = owner.handlers()
+        fetcher = Fetcher(
+            worker, receiver, self._rpc, transport, kv_address, self._transfer_config, clock, emit,
+            self.fetches.append,
+        )  # fmt: skip
         prefill: PrefillService | None = None
         if Role.PREFILL in roles:
             prefill = PrefillService(
-                worker, storage, transport, self._transfer_config, clock, emit, self.transfers.append
+                worker, storage, transport, fetcher, self._transfer_config, clock, emit, self.transfers.append
             )
             handlers |= prefill.handlers()
         if Role.DECODE in roles:
@@ -151,7 +163,7 @@ class LocalFleet:
         running = asyncio.create_task(serving)
         record = await ready
         local = LocalWorker(
-            worker, engine, runner, receiver, transport, record, kv_address, running, stop, prefill
+            worker, engine, runner, receiver, transport, record, kv_address, running, stop, prefill, fetcher
         )
         self.workers[name] = local
         return local
@@ -164,6 +176,7 @@ class LocalFleet:
         await asyncio.gather(worker.running, return_exceptions=True)
         if worker.prefill is not None:
             await worker.prefill.aclose()
+        await worker.fetcher.aclose()
         await worker.transport.aclose()
         await worker.runner.aclose()
 

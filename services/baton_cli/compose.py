@@ -24,6 +24,8 @@ from baton.engine.policy import policy_for
 from baton.engine.worker import Worker
 from baton.events import LogEvents
 from baton.garbage import tune_garbage_collector
+from baton.handover.fetch import Fetcher
+from baton.handover.owner import PrefixOwner
 from baton.handover.receive import Receiver
 from baton.index.base import PrefixIndex
 from baton.index.redis import RedisIndex
@@ -85,7 +87,12 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
             lease_s=config.index.lease_s,
             heartbeat_s=config.heartbeat_s,
         )
-        handlers: Handlers = {}
+        worker.explain(receiver.explain)
+        rpc = _rpc(config, clock, certificates)
+        owner = PrefixOwner(
+            worker, storage, transport, config.transfer, clock, emit, metrics.observe_transfer
+        )
+        handlers: Handlers = owner.handlers()
         if Role.DECODE in config.roles:
             decode = DecodeService(
                 worker, receiver, transport.name, kv_address, config.transfer, clock, emit,
@@ -93,8 +100,28 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
             )  # fmt: skip
             handlers |= decode.handlers()
         if Role.PREFILL in config.roles:
+            fetcher = Fetcher(
+                worker,
+                receiver,
+                rpc,
+                transport,
+                kv_address,
+                config.transfer,
+                clock,
+                emit,
+                metrics.observe_fetch,
+            )
+            closing.push_async_callback(fetcher.aclose)
             prefill = PrefillService(
-                worker, storage, transport, config.transfer, clock, emit, metrics.observe_transfer, tracer
+                worker,
+                storage,
+                transport,
+                fetcher,
+                config.transfer,
+                clock,
+                emit,
+                metrics.observe_transfer,
+                tracer,
             )
             closing.push_async_callback(prefill.aclose)
             handlers |= prefill.handlers()
@@ -105,7 +132,7 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
         event(log, "KV comes in over", transports=transport.name, address=kv_address)
         tune_garbage_collector()
         await worker.serve(
-            _rpc(config, clock, certificates),
+            rpc,
             f"{config.host}:{config.port}",
             handlers,
             stop=stop,
@@ -193,7 +220,7 @@ def count_steps(worker: Worker, metrics: WorkerMetrics, clock: Clock) -> None:
 
     def on_step(output: StepOutput) -> None:
         nonlocal seen
-        engine, load = worker.engine, worker.engine.load()
+        engine, load = worker.engine, worker.load()
         used = engine.num_used_blocks
         metrics.set_blocks(used=used, free=engine.num_blocks - used, total=engine.num_blocks)
         metrics.set_purposes(worker.blocks_by_purpose(), num_cached=engine.num_cached_blocks)

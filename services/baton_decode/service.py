@@ -38,7 +38,6 @@ class DecodeService:
         self._context = Context(
             worker, receiver, transport_name, transport_address, config, clock, emit, heartbeat_s, tracer
         )
-        worker.explain(receiver.explain)
 
     def handlers(self) -> Handlers:
         return {SESSION: self.session, DECODE_GENERATE: self.generate}

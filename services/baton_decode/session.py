@@ -99,7 +99,7 @@ class Session:
         self._by_handle: dict[int, _Sample] = {}  # the same
         self._out: list[SessionDown] = []
         self._wake = asyncio.Event()
-        self._say(Heartbeat(self._worker.engine.load()))  # a first sign of life: the router waits for it
+        self._say(Heartbeat(self._worker.load()))  # a first sign of life: the router waits for it
         self._preparing: set[asyncio.Task[None]] = set()
         self._early_cancels: list[Cancel] = []  # perhaps of requests that are being prepared
         self._ending: set[asyncio.Task[None]] = set()
@@ -123,7 +123,7 @@ class Session:
             async with self._context.clock.timeout(self._context.heartbeat_s):
                 await self._wake.wait()
         except TimeoutError:
-            return [Heartbeat(self._worker.engine.load())]
+            return [Heartbeat(self._worker.load())]
         self._wake.clear()
         taken, self._out = self._out, []
         return taken
@@ -251,7 +251,7 @@ class Session:
             self._worker.admit()
         elif finish_reason is not None:
             self._forget(first)
-            self._say(Step((), (), (), (), ((first.handle, finish_reason),), self._worker.engine.load()))
+            self._say(Step((), (), (), (), ((first.handle, finish_reason),), self._worker.load()))
 
     def _ticket(self, job: _Job, submit: Submit, num_cached_tokens: int) -> Ticket:
         context, record = self._context, self._worker.record
@@ -363,7 +363,7 @@ class Session:
             num_tokens=tuple([len(row.token_ids) for _, row in told]),
             token_ids=tuple([token for _, row in told for token in row.token_ids]),
             finished=tuple([(s.handle, row.finish_reason) for s, row in told if row.finish_reason]),
-            load=self._worker.engine.load(),
+            load=self._worker.load(),
             logprob_rows=tuple([i for i, (_, row) in enumerate(told) if row.logprobs]),
             logprobs=tuple([each for _, row in told for each in row.logprobs]),
             prompt_logprob_handles=tuple([handle for handle, _ in of_prompts]),

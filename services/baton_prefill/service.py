@@ -1,13 +1,15 @@
 """The Prefill service: compute a prompt, hand its KV over, answer with the first token.
 
-    Prefill called --> engine.add(prefill_only) --> each layer group, each step: Push.computed
+    Prefill called --> with a source: Fetcher.fetch, which fills the prefix cache, or fails
+                   --> engine.add(prefill_only) --> each layer group, each step: Push.computed
                                                 --> first token: Push.finish
                                                                                       |
           answer to the router <------------------------------------------------------+
           the push goes on; when it ended, however it ended: engine.abort, and the router hears of it
 
 Source blocks are kept until the receiver acknowledged them or the push failed: engine.abort (which
-keeps what is computed as cached prefix) is called for a request only after its push ended.
+keeps what is computed as cached prefix) is called for a request only after its push ended. The push begins before the
+fetch: it keeps the ticket's lease alive meanwhile.
 """
 
 import asyncio
@@ -18,17 +20,18 @@ from baton.clock import Clock
 from baton.config import TransferConfig
 from baton.engine.batch import LayerProgress, SequenceOutput, StepOutput
 from baton.engine.worker import Worker
-from baton.errors import BatonError, InternalError, TransferError
+from baton.errors import BatonError, InternalError, InvalidRequest
 from baton.events import Emit, about
+from baton.handover.fetch import Fetcher
 from baton.handover.outgoing import layer_group_ends
+from baton.handover.owner import check_ticket
 from baton.handover.push import Connections, Push
 from baton.kv.layout import Storage
-from baton.messages import Holder, PrefillAnswer, PrefillCall, PrefillResult, Pushed, Ticket
+from baton.messages import Fetched, Holder, PrefillAnswer, PrefillCall, PrefillResult, Purpose, Pushed
 from baton.request import FinishReason, Request, RequestId
 from baton.rpc import PREFILL, Handlers
 from baton.tracing import NO_TRACING, Phases, SpanKind, Tracer
 from baton.transfer.base import Transport
-from baton.transfer.handshake import Kind, decide
 from baton.transfer.report import OnTransfer, Outcome, TransferReport, ignore
 
 
@@ -39,6 +42,8 @@ class _Job:
     trace: Phases
     started_s: float
     first_step_s: float | None = None
+    fetched: Fetched | None = None
+    is_added: bool = False  # to the engine
     done: asyncio.Future[SequenceOutput] = field(  # with the first token
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -52,6 +57,7 @@ class PrefillService:
         worker: Worker,
         storage: Storage,
         transport: Transport,
+        fetcher: Fetcher,
         config: TransferConfig,
         clock: Clock,
         emit: Emit,
@@ -62,6 +68,7 @@ class PrefillService:
         self._worker = worker
         self._storage = storage
         self._transport = transport
+        self._fetcher = fetcher
         self._config = config
         self._clock = clock
         self._emit = emit
@@ -78,7 +85,7 @@ class PrefillService:
     def _explain(self, holder: Holder) -> Holder:
         """For the block ledger: where these blocks are being sent to."""
         job = self._jobs.get(holder.request_id)
-        if job is None:
+        if job is None or holder.purpose is Purpose.RECEIVING:
             return holder
         ticket = job.push.ticket
         return replace(
@@ -101,10 +108,18 @@ class PrefillService:
     async def prefill(self, call: PrefillCall) -> AsyncGenerator[PrefillAnswer, None]:
         """The first token, then how the push ended. Left early, it stops both."""
         request = call.request
-        self._check(call.ticket)
+        check_ticket(self._worker, self._transport, call.ticket)
         await self._worker.engine.prepare(request)
+        if request.request_id in self._jobs:
+            raise InvalidRequest(f"request {request.request_id} is here already", param="request_id")
+        self._worker.engine.check(request, prefill_only=True)  # before the decode worker hears of it
         job, pushing = self._start(call)
         try:
+            if call.source is not None and request.sampling.prompt_logprobs is None:
+                job.fetched = await self._fetcher.fetch(request, call.source)
+            if not pushing.done():
+                self._worker.engine.add(request, prefill_only=True)
+                job.is_added = True
             await asyncio.wait((job.done, pushing), return_when=asyncio.FIRST_COMPLETED)
             if job.done.done():
                 result = await self._first_token(job, request)
@@ -121,7 +136,6 @@ class PrefillService:
 
     def _start(self, call: PrefillCall) -> tuple[_Job, "asyncio.Task[Outcome]"]:
         request = call.request
-        self._worker.engine.add(request, prefill_only=True)
         push = Push(
             call.ticket,
             request,
@@ -151,7 +165,11 @@ class PrefillService:
         now = self._clock.now()
         first_step_s = job.first_step_s or now
         num_cached_tokens = sequence.num_cached_tokens if sequence is not None else 0
-        job.trace.past("queue", job.started_s, first_step_s, {})
+        fetched_s = job.started_s
+        if job.fetched is not None:
+            fetched_s += job.fetched.seconds
+            job.trace.past("kv fetch", job.started_s, fetched_s, _said_of(job.fetched))
+        job.trace.past("queue", fetched_s, first_step_s, {})
         job.trace.past(
             "compute",
             first_step_s,
@@ -162,24 +180,14 @@ class PrefillService:
             token_id=first.token_ids[0],
             finish_reason=first.finish_reason,
             num_cached_tokens=num_cached_tokens,
-            queue_s=first_step_s - job.started_s,
+            queue_s=first_step_s - fetched_s,
             prefill_s=now - first_step_s,
-            load=self._worker.engine.load(),
+            load=self._worker.load(),
             logprobs=first.logprobs[0] if first.logprobs else None,
             prompt_logprobs=first.prompt_logprobs,
             transport=job.push.transport if first.finish_reason is None or request.sampling.n > 1 else "",
+            fetched=job.fetched,
         )
-
-    def _check(self, ticket: Ticket) -> None:
-        record = self._worker.record
-        if set(self._transport.names).isdisjoint(ticket.transport.split(",")):
-            raise TransferError(
-                f"decode worker {ticket.worker_id} receives over {ticket.transport}, this prefill worker sends over "
-                f"{self._transport.name}: start both with the same --transport"
-            )
-        fit = decide(record, ticket)
-        if fit.kind is Kind.REFUSED:
-            raise TransferError(fit.reason)
 
     def _on_step(self, output: StepOutput) -> None:
         for row in output.outputs:
@@ -193,7 +201,7 @@ class PrefillService:
                 why = row.error or str(row.finish_reason)
                 job.done.set_exception(InternalError(f"prefill of {row.request_id} failed: {why}"))
             elif row.token_ids:
-                job.push.finish(row.token_ids[0], sequence.block_table)
+                job.push.finish(sequence.block_table, row.token_ids[0])
                 job.done.set_result(row)
             else:
                 job.push.computed(row.num_computed_tokens, sequence.block_table)
@@ -221,10 +229,12 @@ class PrefillService:
         """The push ended, so no transport reads the blocks any more: the engine may have them back."""
         del self._pushes[pushing]
         job = self._jobs.pop(request_id)
-        self._worker.engine.abort(request_id)
+        if job.is_added:
+            self._worker.engine.abort(request_id)
         self._worker.admit()
         outcome: Outcome = "cancelled" if pushing.cancelled() else pushing.result()
         report = job.push.report(outcome)
+        self._worker.wire.note(report.num_bytes, report.wire_s)
         self._on_transfer(report)
         self._end_trace(job, report)
 
@@ -239,3 +249,11 @@ class PrefillService:
         }
         job.trace.past("kv push", now_s - report.seconds, now_s, attributes, error)
         job.trace.end(error)
+
+
+def _said_of(fetched: Fetched) -> dict[str, str | int]:
+    return {
+        "baton.from": fetched.source_id,
+        "baton.outcome": fetched.outcome.value,
+        "baton.tokens": fetched.num_tokens,
+    }

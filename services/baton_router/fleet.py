@@ -16,6 +16,7 @@ from baton_router.canary import Canary, PairCounts, Trial
 from baton_router.fleet_view import IndexHealth
 from baton_router.mirror import PrefixMirror
 from baton_router.placement import can_pair, why_no_pair
+from baton_router.prefix_paths import PrefixPaths
 from baton_router.workers import RECONNECT_S, Link
 
 LEDGER_TIMEOUT_S = 2.0
@@ -40,6 +41,7 @@ class Fleet:
         self._clock = clock
         self._emit = emit
         self.canary = Canary(clock, emit, interval_s=config.canary_interval_s)
+        self.prefix_paths = PrefixPaths(clock, self.canary.is_proven)
         self.changed = asyncio.Event()  # a link rose, fell, came or went; the canary waits for it
         self._links: dict[WorkerId, tuple[Link, asyncio.Task[None]]] = {}
         self._silent: dict[str, str] = {}  # configured addresses where no worker answers: why not

@@ -32,7 +32,9 @@ class Record:
     prefill_worker: str | None = None
     decode_worker: str | None = None
     transport: str | None = None
-    num_cached_tokens_prefill: int = 0
+    num_cached_tokens_prefill: int = 0  # in its own cache, or fetched
+    fetched_from: str | None = None
+    num_fetched_tokens: int = 0
     num_cached_tokens_decode: int = 0
     num_blocks_transferred: int = 0
     num_bytes_transferred: int = 0

@@ -1,7 +1,7 @@
 """The life of one request in the router.
 
 1 admit            a slot, or 429
-2 place            a pair (prefill worker, decode worker), or a decode worker alone
+2 place            a pair (prefill worker, decode worker), or a decode worker alone (choice)
 3 submit           decode worker reserves blocks and answers with a ticket
 4 prefill          prefill worker computes, pushes KV to the ticket's address, answers with the first token; where
                    the KV does not arrive, the decode worker computes the prompt itself (hand_over)
@@ -25,18 +25,17 @@ from baton.errors import (
     InternalError,
     Overloaded,
     TransferError,
-    Unavailable,
 )
 from baton.events import Emit, about
-from baton.kv.block import BlockHash, block_hashes, root_hash
-from baton.messages import PrefillCall, PrefillResult, Role, Ticket
+from baton.messages import PrefillCall, PrefillResult, PrefixSource, Ticket
 from baton.request import Request, WorkerId
 from baton.tracing import NO_TRACING, Phases, SpanKind, Tracer
 from baton_router.admission import Admission
+from baton_router.choice import Chains, Choice
 from baton_router.fleet import Fleet
 from baton_router.generation import Record, Tokens, TokenStream
 from baton_router.hand_over import HandOver
-from baton_router.placement import Candidate, Placement, place
+from baton_router.placement import Placement
 from baton_router.session import Attempt, Session
 from baton_router.workers import Link
 
@@ -58,7 +57,7 @@ class Pipeline:
         self._config = config
         self._fleet = fleet
         self._clock = clock
-        self._rng = rng
+        self._choice = Choice(fleet, rng)
         self._emit = emit
         self._tracer = tracer
         self.admission = Admission(config.max_num_requests)
@@ -109,7 +108,7 @@ class Pipeline:
                     await self._run_alone(request, record, stream, link, timeout_s)
                 else:
                     source = self._fleet.link(prefill)
-                    chains = _Chains(request)
+                    chains = Chains(request)
                     await self._run_pair(chains, record, stream, source, link, timeout_s, is_trial=True)
         except TimeoutError:
             raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
@@ -124,12 +123,14 @@ class Pipeline:
     async def _serve(self, request: Request, record: Record, stream: TokenStream, timeout_s: float) -> None:
         try:
             async with self._clock.timeout(timeout_s):
-                chains = _Chains(request)
-                prefill, decode = self._place(chains, record)
+                chains = Chains(request)
+                placement = self._choice.place(chains)
+                prefill, decode = self._note_placement(request, record, placement)
                 if prefill is None:
                     await self._run_alone(request, record, stream, decode, timeout_s)
                 else:
-                    await self._run_pair(chains, record, stream, prefill, decode, timeout_s)
+                    source = placement.source
+                    await self._run_pair(chains, record, stream, prefill, decode, timeout_s, source)
             stream.end()
         except TimeoutError:
             self._fail(record, stream, DeadlineExceeded(f"not finished within {timeout_s:g} s"))
@@ -145,12 +146,13 @@ class Pipeline:
 
     async def _run_pair(
         self,
-        chains: "_Chains",
+        chains: Chains,
         record: Record,
         stream: TokenStream,
         prefill: Link,
         decode: Link,
         timeout_s: float,
+        source: PrefixSource | None = None,
         *,
         is_trial: bool = False,
     ) -> None:
@@ -166,13 +168,14 @@ class Pipeline:
             ticket = await self._ticket(attempt)
             record.ticket_s = self._clock.now()
             record.num_cached_tokens_decode = ticket.num_cached_tokens
-            self._confirm(chains, ticket)
+            self._choice.confirm_ticket(chains, ticket)
             trace.phase("answer")
             asking = trace.call("prefill call", {"baton.worker": prefill.record.worker_id})
             call = PrefillCall(
                 replace(request, traceparent=asking.traceparent),
                 ticket,
                 min(timeout_s, self._config.prefill_timeout_s),
+                source,
             )
             attempt.received.add_done_callback(lambda _: self._note_transfer(record, attempt))
             hand_over = HandOver(
@@ -186,7 +189,11 @@ class Pipeline:
                 is_trial=is_trial,
             )
             running = asyncio.create_task(
-                hand_over.run(call, timeout_s, lambda result: self._note_prefill(record, result))
+                hand_over.run(
+                    call,
+                    timeout_s,
+                    lambda result: self._note_prefill(chains, record, prefill.record.worker_id, result),
+                )
             )
             try:
                 await asyncio.wait((running, attempt.finished), return_when=asyncio.FIRST_COMPLETED)
@@ -226,59 +233,20 @@ class Pipeline:
         session.cancel(attempt)
         trace.end(attempt.error)
 
-    def _place(self, chains: "_Chains", record: Record) -> tuple[Link | None, Link]:
-        """Raises Unavailable when nobody could serve it."""
-        request = chains.request
-        links = self._fleet.ready()
-        decodes = [link for link in links if Role.DECODE in link.record.roles]
-        prefills = [link for link in links if Role.PREFILL in link.record.roles]
-        if not decodes:
-            raise Unavailable("no decode worker is ready", retry_after_s=1.0)
-        held = self._held_blocks(chains, decodes + prefills)
-        placement = place(
-            request.num_prompt_tokens,
-            request.sampling.max_tokens,
-            [_candidate(link, held) for link in prefills],
-            [_candidate(link, held) for link in decodes],
-            self._rng,
-            self._fleet.canary.is_proven,
-            request.sampling.n,
-        )
-        if placement is None:
-            raise InternalError("placement found no decode worker among the ready ones")
-        return self._note_placement(request, record, placement)
-
     def _note_placement(
         self, request: Request, record: Record, placement: Placement
     ) -> tuple[Link | None, Link]:
         record.placed_s = self._clock.now()
         record.prefill_worker, record.decode_worker = placement.prefill, placement.decode
         pair = {"prefill": placement.prefill, "decode": placement.decode}
-        self._emit("request.placed", **about(request), **pair)
+        said = pair if placement.source is None else {**pair, "source": placement.source.worker_id}
+        self._emit("request.placed", **about(request), **said)
         attributes = {f"baton.{role}_worker": worker for role, worker in pair.items()}
         self._tracer.start("place", request.traceparent, record.arrival_s, SpanKind.INTERNAL, attributes).end(
             record.placed_s
         )
         prefill = self._fleet.link(placement.prefill) if placement.prefill is not None else None
         return prefill, self._fleet.link(placement.decode)
-
-    def _held_blocks(self, chains: "_Chains", links: list[Link]) -> dict[WorkerId, int]:
-        """Leading blocks of the prompt that each worker is said to hold. Workers of another fingerprint hash to other
-        names, so each kind is looked up by its own."""
-        held: dict[WorkerId, int] = {}
-        matches: dict[tuple[str, int], dict[WorkerId, int]] = {}
-        for link in links:
-            kind = (link.record.fingerprint, link.record.block_size)
-            if kind not in matches:
-                matches[kind] = self._fleet.mirror.match(chains.hashes(*kind))
-            held[link.record.worker_id] = matches[kind].get(link.record.worker_id, 0)
-        return held
-
-    def _confirm(self, chains: "_Chains", ticket: Ticket) -> None:
-        """The ticket says what is really held; a worker never counts the block of the last prompt token."""
-        num_blocks = (chains.request.num_prompt_tokens - 1) // ticket.block_size
-        hashes = chains.hashes(ticket.fingerprint, ticket.block_size)[:num_blocks]
-        self._fleet.mirror.confirm(ticket.worker_id, hashes, ticket.num_cached_tokens // ticket.block_size)
 
     async def _ticket(self, attempt: Attempt) -> Ticket:
         try:
@@ -309,9 +277,15 @@ class Pipeline:
         if batch[-1].finish_reason is not None:
             record.finish_reason = batch[-1].finish_reason.value
 
-    def _note_prefill(self, record: Record, result: PrefillResult) -> None:
+    def _note_prefill(self, chains: Chains, record: Record, prefill: WorkerId, result: PrefillResult) -> None:
         record.num_cached_tokens_prefill = result.num_cached_tokens
         record.transport = result.transport or None
+        if result.fetched is not None:
+            record.fetched_from, record.num_fetched_tokens = (
+                result.fetched.source_id,
+                result.fetched.num_tokens,
+            )
+            self._choice.note_fetched(chains, prefill, result.fetched)
 
     def _note_transfer(self, record: Record, attempt: Attempt) -> None:
         if attempt.received.cancelled() or attempt.received.exception() is not None:
@@ -330,25 +304,6 @@ class Pipeline:
             reason=record.finish_reason,
             error=record.error,
         )
-
-
-class _Chains:
-    """The block hashes of one prompt, made once for each kind of worker: placement and the ticket both ask."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self._hashes: dict[tuple[str, int], list[BlockHash]] = {}
-
-    def hashes(self, fingerprint: str, block_size: int) -> list[BlockHash]:
-        kind = (fingerprint, block_size)
-        if kind not in self._hashes:
-            root = root_hash(fingerprint, block_size, self.request.cache_salt)
-            self._hashes[kind] = block_hashes(root, self.request.prompt_token_ids, block_size)
-        return self._hashes[kind]
-
-
-def _candidate(link: Link, held: dict[WorkerId, int]) -> Candidate:
-    return Candidate(link.record, held.get(link.record.worker_id, 0), link.num_dispatched_tokens)
 
 
 def _check_trial(hand_over: HandOver) -> None:

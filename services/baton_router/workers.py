@@ -10,7 +10,7 @@ What goes over a session is in `session`.
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from baton.clock import Clock
 from baton.errors import BatonError, Unavailable, WorkerLost
@@ -28,28 +28,10 @@ from baton.messages import (
 )
 from baton.request import WorkerId
 from baton.rpc import PREFILL, SESSION, STATUS_BLOCKS, STATUS_WATCH, Rpc
+from baton.transfer.rate import Rate
 from baton_router.session import Session
 
 RECONNECT_S = 0.25
-
-RATE_MEMORY = 0.9  # how much of what was measured counts once more was
-
-
-@dataclass(slots=True)
-class Rate:
-    """How fast KV goes over one pair's wire. Large hand-overs count for more than small ones, new ones for more than
-    old ones."""
-
-    num_bytes: float = 0.0
-    seconds: float = 0.0
-
-    def note(self, pushed: Pushed) -> None:
-        self.num_bytes = RATE_MEMORY * self.num_bytes + pushed.num_bytes
-        self.seconds = RATE_MEMORY * self.seconds + pushed.wire_s
-
-    @property
-    def bytes_per_s(self) -> float | None:
-        return self.num_bytes / self.seconds if self.num_bytes and self.seconds else None
 
 
 class Link:
@@ -102,7 +84,9 @@ class Link:
                     if answer.transport:
                         self.transports[call.ticket.worker_id] = answer.transport
                     if isinstance(answer, Pushed):
-                        self.rates.setdefault(call.ticket.worker_id, Rate()).note(answer)
+                        self.rates.setdefault(call.ticket.worker_id, Rate()).note(
+                            answer.num_bytes, answer.wire_s
+                        )
                     yield answer
         except Unavailable as error:
             raise WorkerLost(f"prefill worker {self.record.worker_id} was lost: {error.message}") from error

@@ -1,10 +1,13 @@
 """The engine: requests in, tokens out, one step at a time. The same for every role, and without servers.
 
+    check     would `add` take this prompt now?
     add       a prompt to be computed here; prefill_only: stops after the first token, keeps its blocks: HELD
     reserve   a prompt whose KV is computed elsewhere; when admitted its blocks can be written to: RESERVED
     activate  the KV has arrived, the sequence decodes from its first token on
     recompute it will not: the prompt is computed here after all
     fork      one more answer to a prompt that is here already
+    reserve_prefix  the beginning of a prompt that another worker holds; when it has arrived: keep_prefix
+    lease_prefix    the beginning of a prompt that is here, for another worker: HELD until release
     abort     the end of any of them, at any time; release is the end of a HELD one
     step      schedule, run, process; the next one is prepared while the device is still busy with this one
 
@@ -95,6 +98,10 @@ class Engine:
         if grammar is not None and grammars is not None:
             await grammars.prepare(grammar)
 
+    def check(self, request: Request, *, prefill_only: bool = False) -> None:
+        """Raises what `add` would raise now."""
+        self._check(request, _kind(remote=False, prefill_only=prefill_only))
+
     def add(self, request: Request, *, prefill_only: bool = False) -> None:
         """Raises InvalidRequest, RequestTooLarge or Overloaded; then nothing has changed."""
         self._enqueue(request, prefill_only=prefill_only)
@@ -134,6 +141,28 @@ class Engine:
         if first_token is not None:
             sequence.append(first_token)
         return self._start(sequence)
+
+    def reserve_prefix(self, prefix: Request) -> None:
+        """Like `reserve`, for blocks that are to be cached and no more: `keep_prefix` or `abort` follows."""
+        if not self._config.enable_prefix_caching:
+            raise InvalidRequest("this worker keeps no prefixes: it was started without prefix caching")
+        self._enqueue(prefix, remote=True, prefill_only=True)
+
+    def keep_prefix(self, request_id: RequestId) -> None:
+        """Its KV has arrived. The reservation is over; its full blocks are cached prefix from now on."""
+        sequence = self._reserved(request_id, None)
+        self._kv.commit(sequence, sequence.num_prompt_tokens)
+        self.abort(request_id)
+
+    def lease_prefix(self, prefix: Request) -> Sequence:
+        """What is cached of this prompt (`num_cached_tokens` of it, full blocks) is neither evicted nor written to
+        until `release`. Raises InvalidRequest when the name is in use."""
+        self._check_name(prefix)
+        sequence = Sequence(prefix, prefill_only=True, token_ids=list(prefix.prompt_token_ids))
+        sequence.admitted_s = self._clock.now()
+        self._sequences[prefix.request_id] = sequence
+        self._scheduler.lease(sequence)
+        return sequence
 
     def abort(self, request_id: RequestId) -> None:
         """The request is unknown from now on. Its blocks go back at once, or when the steps it is part of have
@@ -286,13 +315,7 @@ class Engine:
         prefill_only: bool = False,
         parent: Sequence | None = None,
     ) -> None:
-        if request.request_id in self._sequences:
-            raise InvalidRequest(f"request {request.request_id} is here already", param="request_id")
-        self._policy.check(_kind(remote, prefill_only))
-        if len(self._scheduler.waiting) >= self._config.max_num_waiting:
-            raise Overloaded(
-                f"{len(self._scheduler.waiting)} requests are waiting already", retry_after_s=self._queue_s()
-            )
+        self._check(request, _kind(remote, prefill_only))
         sequence = self._intake.sequence(
             request,
             remote=remote,
@@ -304,6 +327,19 @@ class Engine:
         self._sequences[request.request_id] = sequence
         self._scheduler.add(sequence)
         self.work.set()
+
+    def _check(self, request: Request, kind: Kind) -> None:
+        self._check_name(request)
+        self._policy.check(kind)
+        if len(self._scheduler.waiting) >= self._config.max_num_waiting:
+            raise Overloaded(
+                f"{len(self._scheduler.waiting)} requests are waiting already", retry_after_s=self._queue_s()
+            )
+        self._intake.check(request)
+
+    def _check_name(self, request: Request) -> None:
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"request {request.request_id} is here already", param="request_id")
 
     def _host_blocks(self) -> HostBlocks | None:
         num_bytes = self._config.swap_space_bytes
@@ -321,7 +357,8 @@ class Engine:
         """The time of admission; the ids of those that wait for their KV now."""
         admitted = list(admitted)
         for sequence in admitted:
-            if not sequence.admitted_s:  # else it had to give way in between
+            is_prefix = sequence.remote and sequence.prefill_only  # not a prompt, but a part of one
+            if not sequence.admitted_s and not is_prefix:  # else it had to give way in between
                 self.num_prefix_query_tokens += sequence.num_prompt_tokens
                 self.num_prefix_hit_tokens += sequence.num_cached_tokens
             sequence.admitted_s = self._clock.now()
@@ -369,4 +406,4 @@ def _num_to_compute(waiting: Sequence) -> int:
 
 
 def _kind(remote: bool, prefill_only: bool) -> Kind:
-    return Kind.REMOTE if remote else Kind.PREFILL_ONLY if prefill_only else Kind.LOCAL
+    return Kind.PREFILL_ONLY if prefill_only else Kind.REMOTE if remote else Kind.LOCAL

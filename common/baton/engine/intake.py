@@ -17,6 +17,14 @@ class Intake:
         self.max_model_len = min(runner.max_model_len, storage.num_blocks * storage.layout.block_size)
         self._runner = runner
 
+    def check(self, request: Request) -> None:
+        """Raises InvalidRequest or RequestTooLarge."""
+        self._check_prompt(request)
+        check_sampling(request.sampling, self._runner.vocab_size)
+        check_prompt_scores(request.sampling, request.num_prompt_tokens)
+        if request.sampling.grammar is not None and self._runner.grammars is None:
+            raise InvalidRequest("this worker has no grammars", param="grammar")
+
     def sequence(
         self,
         request: Request,
@@ -27,10 +35,8 @@ class Intake:
         prefill_only: bool = False,
         parent: Sequence | None = None,
     ) -> Sequence:
-        """`prefill_s`: predicted, of the whole prompt. Raises InvalidRequest or RequestTooLarge."""
-        self._check_prompt(request)
-        check_sampling(request.sampling, self._runner.vocab_size)
-        check_prompt_scores(request.sampling, request.num_prompt_tokens)
+        """Of a request that has passed `check`. `prefill_s`: predicted, of the whole prompt. Raises InvalidRequest when
+        it is no fork of `parent`."""
         if parent is not None and not _same_prompt(parent.request, request):
             raise InvalidRequest(
                 f"request {request.request_id} is no fork of {parent.request_id}: the prompts differ"
@@ -70,8 +76,6 @@ class Intake:
         if not needs_state(request.sampling):
             return None
         grammar, grammars = request.sampling.grammar, self._runner.grammars
-        if grammar is not None and grammars is None:
-            raise InvalidRequest("this worker has no grammars", param="grammar")
         matcher = None if grammar is None or grammars is None else grammars.matcher(grammar)
         return SamplingState(request, self._runner.vocab_size, matcher)
 

@@ -112,6 +112,11 @@ class Scheduler:
         self.running.remove(sequence)
         sequence.status = SequenceStatus.HELD
 
+    def lease(self, sequence: Sequence) -> None:
+        """What is cached of it stays until `remove`; nothing is computed, and nobody waits."""
+        self._kv.hold(sequence)
+        sequence.status = SequenceStatus.HELD
+
     def remove(self, sequence: Sequence) -> list[Sequence]:
         """Out of whatever queue it is in; its blocks go back, now or when the steps that write to them have ended.
         Returns who was admitted in its place."""

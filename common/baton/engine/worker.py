@@ -23,12 +23,14 @@ from baton.messages import (
     BlockLedger,
     BlocksCall,
     Holder,
+    Load,
     Purpose,
     StatusCall,
     WorkerRecord,
     WorkerStatus,
 )
 from baton.rpc import STATUS_BLOCKS, STATUS_GET, STATUS_WATCH, Handlers, Rpc
+from baton.transfer.rate import Rate
 
 Explainer = Callable[[Holder], Holder]
 StepListener = Callable[[StepOutput], None]
@@ -92,10 +94,14 @@ class Worker:
         self._subscribers: list[_Changes] = []
         self._progress = asyncio.Event()  # a step ended, or blocks came back between steps
         self.index_reachable = index is not None
+        self.wire = Rate()  # of what this worker sends
 
     @property
     def record(self) -> WorkerRecord:
-        return replace(self._record, load=self.engine.load())
+        return replace(self._record, load=self.load())
+
+    def load(self) -> Load:
+        return replace(self.engine.load(), transfer_bytes_per_s=self.wire.bytes_per_s or 0.0)
 
     def listen(self, listener: StepListener) -> None:
         """Called on the loop after every step, in the order of registration; must not block or raise."""

@@ -84,7 +84,8 @@ class Push:
             storage.layout, ticket.num_cached_tokens, self._num_tokens, piece_bytes, min_piece_bytes
         )
         self._block_table: Sequence[BlockId] = ()
-        self._first_token: int | None = None
+        self._is_whole = False  # nothing more will be computed
+        self._first_token = -1  # none: a prefix has none
         self._changed = asyncio.Event()
         self._heard_s = clock.now()  # the receiver, for the last time
         self._first_piece_s: float | None = None
@@ -101,9 +102,9 @@ class Push:
         self._block_table = tuple(block_table)
         self._changed.set()
 
-    def finish(self, first_token: int, block_table: Sequence[BlockId]) -> None:
-        """The whole prompt is computed."""
-        self._first_token = first_token
+    def finish(self, block_table: Sequence[BlockId], first_token: int = -1) -> None:
+        """All of it is computed. `first_token` where it is a whole prompt and no prefix."""
+        self._is_whole, self._first_token = True, first_token
         self._computed_s = self._clock.now()
         self.computed(self._num_tokens, block_table)
 
@@ -150,7 +151,7 @@ class Push:
 
     async def _next_piece(self) -> PieceHeader:
         """Wait until there is something to send, or to say, and cut it: the last piece may have no tokens at all."""
-        while not self._outgoing.has_ready and self._first_token is None:
+        while not self._outgoing.has_ready and not self._is_whole:
             self._changed.clear()
             try:
                 async with self._clock.timeout(self.ticket.lease_s * HEARTBEAT):
@@ -161,7 +162,7 @@ class Push:
             self._first_piece_s = self._clock.now()
         layout = self._storage.layout
         span = self._outgoing.take() or Span(self._num_tokens, self._num_tokens, 0, layout.num_layers)
-        return self._header(span, is_last=self._first_token is not None and not self._outgoing.has_ready)
+        return self._header(span, is_last=self._is_whole and not self._outgoing.has_ready)
 
     def _header(self, span: Span, *, is_last: bool) -> PieceHeader:
         layout = self._storage.layout
@@ -176,7 +177,7 @@ class Push:
             token_end=span.token_end,
             num_bytes=0,
             num_pieces=sequence + 1 if is_last else 0,
-            first_token=self._first_token if is_last and self._first_token is not None else -1,
+            first_token=self._first_token if is_last else -1,
             head_start=layout.heads[0],
             head_end=layout.heads[1],
             run_tokens=layout.block_size,

@@ -3,8 +3,8 @@
 A piece whose bytes lie as this pool's do is written where it belongs at once; any other one goes into memory of its
 own and is converted once its digest matched (transfer.adapt). Either way it counts for nothing before that.
 
-`Receiver` is the worker's `PieceSink`. It owns the table of hand-overs; nobody else touches them. A decode service
-expects a hand-over, waits for it, and ends it; blocks go back to the pool only after `wait_free`.
+`Receiver` is the worker's `PieceSink`. It owns the table of hand-overs; nobody else touches them. Whoever reserved the
+blocks (a decode service, or `fetch`) expects a hand-over, waits for it, and ends it; they go back only after `end`.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ _OUTCOMES: dict[State, Outcome] = {
 class _Expected:
     hand_over: HandOver
     digester: Digester
-    peer: str  # the prefill worker
+    peer: str  # who sends
     about: dict[str, str]  # fields of the request's events
     buffers: dict[Piece, list[memoryview]] = field(default_factory=dict)  # open piece -> where it is written
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -55,7 +55,7 @@ class Receiver:
         self.num_pieces_refused = 0
         self.num_digest_mismatches = 0
 
-    # --- the decode service's side ---
+    # --- the side of whoever reserved the blocks ---
 
     def expect(
         self,
@@ -65,8 +65,11 @@ class Receiver:
         num_cached_tokens: int,
         lease_s: float,
         peer: str = "",
+        *,
+        is_prefix: bool = False,
     ) -> None:
-        """Tokens from num_cached_tokens on, into the blocks of the whole prompt; `peer` is to send them."""
+        """Tokens from num_cached_tokens on, into the blocks of the whole prompt; `peer` is to send them, and the first
+        generated token with them unless the prompt `is_prefix` of another one."""
         assert request.request_id not in self._expected
         hand_over = HandOver(
             request_id=request.request_id,
@@ -77,6 +80,7 @@ class Receiver:
             first_token_to_send=num_cached_tokens,
             lease_s=lease_s,
             lease_end_s=self._clock.now() + lease_s,
+            is_prefix=is_prefix,
         )
         digester = Digester(self._identity, request.prompt_token_ids)
         self._expected[request.request_id] = _Expected(hand_over, digester, peer, about(request))
@@ -119,8 +123,28 @@ class Receiver:
             expected.changed.clear()
             await expected.changed.wait()  # ends: a transport closes every piece it opened, stalled ones too
         if self._expected.get(request_id) is expected:
-            del self._expected[request_id]
-            self._report(expected, _OUTCOMES[expected.hand_over.ending or State.FAILED])
+            self._forget(expected)
+
+    def end_if_idle(self, request_id: RequestId, reason: str) -> bool:
+        """True: it has ended, or was never expected, and nothing is written. False: use `end`."""
+        expected = self._expected.get(request_id)
+        if expected is None:
+            return True
+        expected.hand_over.end(State.CANCELLED, reason)
+        if expected.hand_over.state is not State.FREE:
+            return False
+        self._forget(expected)
+        return True
+
+    def num_mismatches(self, request_id: RequestId) -> int:
+        """Pieces so far that did not match their digest."""
+        expected = self._expected.get(request_id)
+        return 0 if expected is None else expected.hand_over.num_mismatches
+
+    def _forget(self, expected: _Expected) -> None:
+        hand_over = expected.hand_over
+        del self._expected[hand_over.request_id]
+        self._report(expected, _OUTCOMES[hand_over.ending or State.FAILED])
 
     def _report(self, expected: _Expected, outcome: Outcome) -> None:
         hand_over = expected.hand_over

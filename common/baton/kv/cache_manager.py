@@ -64,7 +64,9 @@ class KVCacheManager:
         """
         if not self._enable_prefix_caching or sequence.prompt_scores is not None:
             return []
-        num_blocks = (len(sequence.token_ids) - 1) // self.block_size
+        return self._cached_run(sequence, (len(sequence.token_ids) - 1) // self.block_size)
+
+    def _cached_run(self, sequence: Sequence, num_blocks: int) -> list[BlockId]:
         self._extend_hashes(sequence, num_blocks)
         hits: list[BlockId] = []
         for block_hash in sequence.block_hashes[:num_blocks]:
@@ -101,6 +103,15 @@ class KVCacheManager:
         if sequence.host_blocks:
             self._swap_in(sequence, len(hits))
         return True
+
+    def hold(self, sequence: Sequence) -> None:
+        """Take what is cached of its tokens, their last block included, and nothing else."""
+        hits = self._cached_run(sequence, len(sequence.token_ids) // self.block_size)
+        for block_id in hits:
+            self._pool.touch(block_id)
+        sequence.block_table.extend(hits)
+        sequence.num_computed_tokens = sequence.num_cached_tokens = len(hits) * self.block_size
+        self._owners[sequence] = None
 
     def forget(self, sequence: Sequence) -> None:
         """What its blocks hold is not to be trusted: no other sequence begins with them from now on."""

@@ -2,6 +2,7 @@
 
 from baton.rpc.base import (
     DECODE_GENERATE,
+    FETCH,
     PREFILL,
     ROUTER_CANCEL,
     ROUTER_GENERATE,
@@ -27,6 +28,7 @@ from baton.rpc.secure import Security
 
 __all__ = [
     "DECODE_GENERATE",
+    "FETCH",
     "PREFILL",
     "ROUTER_CANCEL",
     "ROUTER_GENERATE",

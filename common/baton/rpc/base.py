@@ -57,6 +57,9 @@ class Method(Generic[Req, Res]):
 PREFILL: Method[m.PrefillCall, m.PrefillAnswer] = Method(
     "baton.v1.Prefill", "Prefill", Kind.SERVER_STREAM, m.PrefillCall, m.PrefillAnswer
 )
+FETCH: Method[m.FetchCall, m.FetchResult] = Method(
+    "baton.v1.Prefix", "Fetch", Kind.UNARY, m.FetchCall, m.FetchResult, "worker"
+)
 SESSION: Method[m.SessionUp, m.SessionDown] = Method(
     "baton.v1.Decode", "Session", Kind.BIDI, m.SessionUp, m.SessionDown
 )

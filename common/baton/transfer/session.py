@@ -14,6 +14,8 @@ FREE       no byte can be written any more: the blocks may go back to the pool, 
 A piece is refused unless request, epoch, tokens, layers, heads and size fit and it is the first of its kind. `open`
 and `close` come in pairs (transfer.base), which is how the hand-over knows whether a write may still land.
 
+A prefix is handed over without a first token: whoever receives it computes what follows.
+
 A piece that does not match its digest is closed by `reject`: its place is free again and the sender may send the same
 piece once more, MAX_SENDS times in all. Nothing of a rejected piece counts, so VERIFIED needs its repeat.
 
@@ -80,6 +82,7 @@ class HandOver:
     first_token_to_send: int
     lease_s: float
     lease_end_s: float
+    is_prefix: bool = False  # no first token comes with it
     state: State = State.RESERVED
     ending: State | None = None  # which of CANCELLED, EXPIRED, FAILED it was
     reason: str = ""
@@ -185,8 +188,10 @@ class HandOver:
         num_pieces = self._num_pieces.get(header.shard)
         if num_pieces is not None and (header.is_last or header.sequence >= num_pieces):
             raise TransferRefused("a piece after the last one")
-        if header.is_last and header.first_token < 0:
+        if header.is_last and not self.is_prefix and header.first_token < 0:
             raise TransferRefused("the last piece carries no first token")
+        if self.is_prefix and header.first_token >= 0:
+            raise TransferRefused("a prefix with a first token")
         if header.is_last and self.first_token not in (-1, header.first_token):
             raise TransferRefused("two shards say different first tokens")
         seen = [sequence for shard, sequence in (*self._done, *self._open) if shard == header.shard]

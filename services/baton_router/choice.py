@@ -1,0 +1,92 @@
+"""Where a request goes, as this router sees the fleet now; and what it learns from the answers.
+
+`placement` decides by what is gathered here: who is ready, what each holds of the prompt, who may fetch from whom. The
+prefix index is a hint: a ticket, or a fetch, says what is really there.
+"""
+
+import random
+
+from baton.errors import InternalError, Unavailable
+from baton.kv.block import BlockHash, block_hashes, root_hash
+from baton.messages import Fetched, FetchOutcome, Role, Ticket
+from baton.request import Request, WorkerId
+from baton_router.fleet import Fleet
+from baton_router.placement import Candidate, Placement, place
+from baton_router.workers import Link
+
+
+class Chains:
+    """The block hashes of one prompt, made once for each kind of worker: placement and the ticket both ask."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self._hashes: dict[tuple[str, int], list[BlockHash]] = {}
+
+    def hashes(self, fingerprint: str, block_size: int) -> list[BlockHash]:
+        kind = (fingerprint, block_size)
+        if kind not in self._hashes:
+            root = root_hash(fingerprint, block_size, self.request.cache_salt)
+            self._hashes[kind] = block_hashes(root, self.request.prompt_token_ids, block_size)
+        return self._hashes[kind]
+
+
+class Choice:
+    def __init__(self, fleet: Fleet, rng: random.Random) -> None:
+        self._fleet = fleet
+        self._rng = rng
+
+    def place(self, chains: Chains) -> Placement:
+        """Raises Unavailable when nobody could serve it."""
+        request = chains.request
+        links = self._fleet.ready()
+        decodes = [link for link in links if Role.DECODE in link.record.roles]
+        prefills = [link for link in links if Role.PREFILL in link.record.roles]
+        if not decodes:
+            raise Unavailable("no decode worker is ready", retry_after_s=1.0)
+        held = self._held_blocks(chains, decodes + prefills)
+        # What the model says of a prompt is known of computed tokens only.
+        is_computed_whole = request.sampling.prompt_logprobs is not None
+        placement = place(
+            request.num_prompt_tokens,
+            request.sampling.max_tokens,
+            [_candidate(link, held) for link in prefills],
+            [_candidate(link, held) for link in decodes],
+            self._rng,
+            self._fleet.canary.is_proven,
+            request.sampling.n,
+            (lambda owner, p, d: False) if is_computed_whole else self._fleet.prefix_paths.can_fetch,
+        )
+        if placement is None:
+            raise InternalError("placement found no decode worker among the ready ones")
+        return placement
+
+    def confirm_ticket(self, chains: Chains, ticket: Ticket) -> None:
+        """The ticket says what is really held; a worker never counts the block of the last prompt token."""
+        num_blocks = (chains.request.num_prompt_tokens - 1) // ticket.block_size
+        hashes = chains.hashes(ticket.fingerprint, ticket.block_size)[:num_blocks]
+        self._fleet.mirror.confirm(ticket.worker_id, hashes, ticket.num_cached_tokens // ticket.block_size)
+
+    def note_fetched(self, chains: Chains, prefill: WorkerId, fetched: Fetched) -> None:
+        """The owner may hold less than it was said to; a way that failed is not taken again for a while."""
+        self._fleet.prefix_paths.note(prefill, fetched)
+        owner = self._fleet.mirror.record(fetched.source_id)
+        if owner is not None and fetched.outcome is FetchOutcome.EVICTED:
+            num_blocks = (chains.request.num_prompt_tokens - 1) // owner.block_size
+            hashes = chains.hashes(owner.fingerprint, owner.block_size)[:num_blocks]
+            self._fleet.mirror.confirm(owner.worker_id, hashes, fetched.num_held_tokens // owner.block_size)
+
+    def _held_blocks(self, chains: Chains, links: list[Link]) -> dict[WorkerId, int]:
+        """Leading blocks of the prompt that each worker is said to hold. Workers of another fingerprint hash to other
+        names, so each kind is looked up by its own."""
+        held: dict[WorkerId, int] = {}
+        matches: dict[tuple[str, int], dict[WorkerId, int]] = {}
+        for link in links:
+            kind = (link.record.fingerprint, link.record.block_size)
+            if kind not in matches:
+                matches[kind] = self._fleet.mirror.match(chains.hashes(*kind))
+            held[link.record.worker_id] = matches[kind].get(link.record.worker_id, 0)
+        return held
+
+
+def _candidate(link: Link, held: dict[WorkerId, int]) -> Candidate:
+    return Candidate(link.record, held.get(link.record.worker_id, 0), link.num_dispatched_tokens)
