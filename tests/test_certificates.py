@@ -23,13 +23,13 @@ from baton import messages as m
 from baton.certificates import Certificates, export_expiry, load_certificates
 from baton.clock import SystemClock
 from baton.config import RouterConfig, TlsConfig
-from baton.errors import ConfigError, Unauthenticated, Unavailable
+from baton.errors import ConfigError, InvalidRequest, Unauthenticated, Unavailable
 from baton.index.base import WorkerJoined
 from baton.request import WorkerId
-from baton.rpc import ROUTER_CANCEL, SESSION, GrpcRpc, Security
+from baton.rpc import FETCH, ROUTER_CANCEL, SESSION, STATUS_GET, GrpcRpc, Handlers, Method, Security
 from baton.rpc.calls import single
 from baton.rpc.grpc_server import GrpcServer
-from baton.rpc.secure import why_no_connection
+from baton.rpc.secure import channel_credentials, why_no_connection
 from baton_cli.certs import CA_LIFE, ROLES, Directory, make_certificates, utc_now
 from baton_cli.cluster_secrets import ClusterSecrets
 from baton_cli.main import app
@@ -76,10 +76,17 @@ async def cancel(call: m.CancelCall) -> m.CancelResult:
     return m.CancelResult(call.request_id == "r")
 
 
+async def refuse(request: Any) -> Any:
+    raise InvalidRequest("empty")
+
+
 async def echo(requests: AsyncIterator[m.SessionUp]) -> AsyncGenerator[m.SessionDown, None]:
     async for request in requests:
         assert isinstance(request, m.Cancel)
         yield m.Failure(request.handle, Unavailable.code, "echo")
+
+
+HANDLERS: Handlers = {ROUTER_CANCEL: cancel, SESSION: echo, FETCH: refuse, STATUS_GET: refuse}
 
 
 @asynccontextmanager
@@ -93,7 +100,7 @@ async def worker(directory: Path | None, **options: Any) -> AsyncIterator[GrpcSe
 @asynccontextmanager
 async def serving(security: Security | None, **options: Any) -> AsyncIterator[GrpcServer]:
     rpc = GrpcRpc(SystemClock(), security=security, **options)
-    server = await rpc.serve("127.0.0.1:0", {ROUTER_CANCEL: cancel, SESSION: echo})
+    server = await rpc.serve("127.0.0.1:0", HANDLERS)
     assert isinstance(server, GrpcServer)
     server.set_serving(True)
     try:
@@ -315,6 +322,25 @@ class TestGrpc:
             with pytest.raises(Unauthenticated, match=r"only router\.baton may call .* is for worker\.baton"):
                 await anext(channel.bidi(SESSION, single(m.Cancel(1))))
             await channel.aclose()
+
+    @pytest.mark.parametrize(
+        ("method", "caller"), [(FETCH, "worker"), (STATUS_GET, "router")], ids=["fetch", "status"]
+    )
+    async def test_workers_fetch_from_each_other_and_routers_call_the_rest(
+        self, fleets: Path, method: Method[Any, Any], caller: str
+    ) -> None:
+        async with worker(fleets / "ours/worker") as server:
+            for role in ("router", "worker"):
+                own = certificates(fleets / "ours" / role).current()
+                name = ("grpc.ssl_target_name_override", "worker.baton")
+                async with grpc.aio.secure_channel(
+                    server.address, channel_credentials(own), [name]
+                ) as channel:
+                    with pytest.raises(grpc.aio.AioRpcError) as refused:
+                        await channel.unary_unary(method.path)(b"", timeout=TIMEOUT_S)
+                    is_let_in = refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # an empty request
+                    is_kept_out = refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+                    assert (is_let_in, is_kept_out) == (role == caller, role != caller)
 
     async def test_a_caller_without_a_certificate_is_refused(self, fleets: Path) -> None:
         authority = (fleets / "ours/ca.crt").read_bytes()
