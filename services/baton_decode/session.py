@@ -14,12 +14,11 @@ one Step message.
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from baton.clock import Clock
 from baton.config import TransferConfig
-from baton.engine.batch import SequenceOutput, StepOutput
+from baton.engine.batch import StepOutput
 from baton.engine.samples import begin_samples
 from baton.engine.worker import Worker
 from baton.errors import BatonError, DeadlineExceeded, InternalError, TransferError
@@ -28,7 +27,6 @@ from baton.handover.receive import Receiver
 from baton.kv.block import num_blocks_for
 from baton.messages import (
     Cancel,
-    Failure,
     Heartbeat,
     Missed,
     Received,
@@ -41,6 +39,7 @@ from baton.messages import (
 )
 from baton.request import FinishReason, Request, RequestId
 from baton.tracing import NO_TRACING, Phases, SpanKind, Tracer
+from baton_decode.job import Job, Sample, failure_of, step_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,41 +61,15 @@ class Context:
         return Phases(self.tracer, self.clock, "decode", request.traceparent, SpanKind.SERVER, attributes)
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One request."""
-
-    handle: int  # of the first sample, and of what concerns the request
-    request_ids: tuple[RequestId, ...]  # of all samples; the first is the request's own
-    num_running: int  # samples that have not ended
-    request: Request
-    trace: Phases
-    admitted: asyncio.Event = field(default_factory=asyncio.Event)
-    starting: asyncio.Task[None] | None = None  # until it runs by itself in the engine
-    recompute: asyncio.Future[Recompute] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
-
-    @property
-    def request_id(self) -> RequestId:
-        return self.request_ids[0]
-
-
-class _Sample(NamedTuple):
-    job: _Job
-    request_id: RequestId
-    handle: int
-
-
 class Session:
     """One router. Its jobs live exactly as long as it."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._worker = context.worker
-        self._jobs: dict[RequestId, _Job] = {}
-        self._samples: dict[RequestId, _Sample] = {}  # those that have not ended
-        self._by_handle: dict[int, _Sample] = {}  # the same
+        self._jobs: dict[RequestId, Job] = {}
+        self._samples: dict[RequestId, Sample] = {}  # those that have not ended
+        self._by_handle: dict[int, Sample] = {}  # the same
         self._out: list[SessionDown] = []
         self._wake = asyncio.Event()
         self._say(Heartbeat(self._worker.load()))  # a first sign of life: the router waits for it
@@ -152,7 +125,7 @@ class Session:
         try:
             await self._worker.engine.prepare(submit.request)
         except BatonError as error:
-            self._say(_failure(submit.handle, error))
+            self._say(failure_of(submit.handle, error))
         else:
             self._place(submit)
 
@@ -168,20 +141,20 @@ class Session:
         try:
             request_ids = begin_samples(engine, submit.request, begin)
         except BatonError as error:
-            self._say(_failure(submit.handle, error))
+            self._say(failure_of(submit.handle, error))
             return
         trace = self._context.trace(submit.request)
         trace.phase("reserve" if submit.remote_prefill else "run")
-        job = _Job(submit.handle, request_ids, len(request_ids), submit.request, trace)
+        job = Job(submit.handle, request_ids, len(request_ids), submit.request, trace)
         self._jobs[request_ids[0]] = job
         for handle, request_id in enumerate(request_ids, submit.handle):
-            sample = _Sample(job, request_id, handle)
+            sample = Sample(job, request_id, handle)
             self._samples[request_id] = self._by_handle[handle] = sample
         if submit.remote_prefill:
             job.starting = asyncio.create_task(self._start_remote(job, submit))
         self._worker.admit()
 
-    async def _start_remote(self, job: _Job, submit: Submit) -> None:
+    async def _start_remote(self, job: Job, submit: Submit) -> None:
         try:
             async with self._context.clock.timeout(submit.deadline_s):
                 await job.admitted.wait()
@@ -192,7 +165,7 @@ class Session:
         except BatonError as error:
             self._fail(job, error)
 
-    async def _receive(self, job: _Job, submit: Submit) -> None:
+    async def _receive(self, job: Job, submit: Submit) -> None:
         context, engine = self._context, self._worker.engine
         sequence = engine.sequence(job.request_id)
         if sequence is None:
@@ -225,7 +198,7 @@ class Session:
         job.starting = None
         self._run(job, engine.activate(job.request_id, hand_over.first_token))
 
-    async def _compute_here(self, job: _Job, reason: str) -> None:
+    async def _compute_here(self, job: Job, reason: str) -> None:
         """Only the router knows whether the client has the first token already: ask it, and wait until no write can
         land in the blocks any more."""
         self._say(Missed(job.handle, reason))
@@ -243,7 +216,7 @@ class Session:
             job.recompute.set_result(recompute)
             self._context.receiver.fail(job.request_id, recompute.reason)
 
-    def _run(self, job: _Job, finish_reason: FinishReason | None) -> None:
+    def _run(self, job: Job, finish_reason: FinishReason | None) -> None:
         """The first sample has its first token, which may be its last one, or nobody may want more of it."""
         first = self._samples.get(job.request_id)
         if first is None:
@@ -253,7 +226,7 @@ class Session:
             self._forget(first)
             self._say(Step((), (), (), (), ((first.handle, finish_reason),), self._worker.load()))
 
-    def _ticket(self, job: _Job, submit: Submit, num_cached_tokens: int) -> Ticket:
+    def _ticket(self, job: Job, submit: Submit, num_cached_tokens: int) -> Ticket:
         context, record = self._context, self._worker.record
         return Ticket(
             handle=job.handle,
@@ -284,7 +257,7 @@ class Session:
             self._context.emit("request.cancelled", **about(job.request))
             self._end(job, "cancelled")
 
-    def _drop(self, sample: _Sample) -> None:
+    def _drop(self, sample: Sample) -> None:
         """One of several."""
         self._forget(sample)
         is_awaited = sample.job.starting is not None and sample.request_id == sample.job.request_id
@@ -292,13 +265,13 @@ class Session:
             self._worker.engine.abort(sample.request_id)
             self._worker.admit()
 
-    def _fail(self, job: _Job, error: BatonError) -> None:
+    def _fail(self, job: Job, error: BatonError) -> None:
         """Called from the request's own starting task, or when that has ended."""
-        self._say(_failure(job.handle, error))
+        self._say(failure_of(job.handle, error))
         job.starting = None
         self._end(job, error.code)
 
-    def _end(self, job: _Job, error: str) -> None:
+    def _end(self, job: Job, error: str) -> None:
         """Stop what is under way; blocks go back once no write can land in them any more."""
         job.trace.end(error)
         for request_id in job.request_ids:
@@ -308,7 +281,7 @@ class Session:
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
-    async def _give_back(self, job: _Job) -> None:
+    async def _give_back(self, job: Job) -> None:
         if job.starting is not None:
             job.starting.cancel()
             await asyncio.gather(job.starting, return_exceptions=True)
@@ -317,7 +290,7 @@ class Session:
             self._worker.engine.abort(request_id)
         self._worker.admit()
 
-    def _forget(self, sample: _Sample) -> None:
+    def _forget(self, sample: Sample) -> None:
         del self._samples[sample.request_id], self._by_handle[sample.handle]
         sample.job.num_running -= 1
         if not sample.job.num_running:
@@ -345,33 +318,7 @@ class Session:
             self._fail(job, InternalError(f"the engine failed on {row.request_id}: {row.error}"))
         going_on = [(sample, row) for sample, row in told if sample.job not in failed]
         if going_on:
-            self._say(self._step(going_on))
+            self._say(step_of(going_on, self._worker.load()))
         for sample, row in going_on:
             if row.finish_reason is not None:
                 self._forget(sample)
-
-    def _step(self, told: list[tuple[_Sample, SequenceOutput]]) -> Step:
-        cached = [
-            (sample.handle, row.prompt.num_cached_tokens)
-            for sample, row in told
-            if row.prompt is not None and row.prompt.num_cached_tokens and sample.handle == sample.job.handle
-        ]
-        of_prompts = [(s.handle, row.prompt_logprobs) for s, row in told if row.prompt_logprobs is not None]
-        return Step(
-            handles=tuple([sample.handle for sample, _ in told]),
-            first_index=tuple([row.first_index for _, row in told]),
-            num_tokens=tuple([len(row.token_ids) for _, row in told]),
-            token_ids=tuple([token for _, row in told for token in row.token_ids]),
-            finished=tuple([(s.handle, row.finish_reason) for s, row in told if row.finish_reason]),
-            load=self._worker.load(),
-            logprob_rows=tuple([i for i, (_, row) in enumerate(told) if row.logprobs]),
-            logprobs=tuple([each for _, row in told for each in row.logprobs]),
-            prompt_logprob_handles=tuple([handle for handle, _ in of_prompts]),
-            prompt_logprobs=tuple([said for _, said in of_prompts]),
-            cached_handles=tuple([handle for handle, _ in cached]),
-            num_cached_tokens=tuple([num_tokens for _, num_tokens in cached]),
-        )
-
-
-def _failure(handle: int, error: BatonError) -> Failure:
-    return Failure(handle, error.code, error.message, error.param, error.retry_after_s)
