@@ -62,12 +62,12 @@ def measure_hand_over(num_pairs: int) -> HandOver:
     return found
 
 
-def wait_for_pair(client: httpx.Client, url: str) -> None:
+def wait_for_pair(client: httpx.Client, url: str, transport: str = "shm") -> None:
     """Until a golden prompt has gone through it."""
     ends_s = time.monotonic() + READY_S
-    while [pair["transport"] for pair in client.get(f"{url}/health").json()["pairs"]] != ["shm"]:
+    while [pair["transport"] for pair in client.get(f"{url}/health").json()["pairs"]] != [transport]:
         if time.monotonic() > ends_s:
-            raise SystemExit("the pair did not prove itself over shared memory")
+            raise SystemExit(f"the pair did not prove itself over {transport}")
         time.sleep(0.2)
 
 

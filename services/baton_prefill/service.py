@@ -201,8 +201,10 @@ class PrefillService:
                 why = row.error or str(row.finish_reason)
                 job.done.set_exception(InternalError(f"prefill of {row.request_id} failed: {why}"))
             elif row.token_ids:
-                job.push.finish(sequence.block_table, row.token_ids[0])
                 job.done.set_result(row)
+                # A turn later: the answer is on its way before the digest of the last piece is made.
+                block_table = tuple(sequence.block_table)
+                asyncio.get_running_loop().call_soon(job.push.finish, block_table, row.token_ids[0])
             else:
                 job.push.computed(row.num_computed_tokens, sequence.block_table)
 
