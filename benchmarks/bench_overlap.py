@@ -41,12 +41,14 @@ from baton.config import EngineConfig, ModelConfig, TransferConfig
 from baton.engine.engine import Engine
 from baton.engine.model_runner import TorchModelRunner, load_runner
 from baton.engine.worker import Worker
+from baton.handover.fetch import Fetcher
 from baton.handover.receive import Receiver
 from baton.kv.block import num_blocks_for
 from baton.kv.layout import KVLayout, LayerLayout
 from baton.kv.storage import KVStorage
 from baton.messages import PrefillCall, PrefillResult, Role, Ticket, WorkerRecord
 from baton.request import BlockId, Request, RequestId, SamplingParams, WorkerId
+from baton.rpc import InprocRpc, InprocRpcNetwork
 from baton.transfer.handshake import Compatibility
 from baton.transfer.report import TransferReport
 from baton.transfer.tcp import TcpTransport
@@ -162,8 +164,14 @@ class Bench:
         clock = SystemClock()
         transport = PacedTcpTransport(clock, bytes_per_s)
         config = TransferConfig(num_layer_groups=num_groups, push_timeout_s=WAIT_S)
+        storage = self._runner.storage
+        nobody = InprocRpc(InprocRpcNetwork(clock), clock)  # has a prefix that could be fetched
+        fetcher = Fetcher(
+            self._worker, Receiver(storage, "bench", clock, ignore), nobody, transport, "", config, clock, ignore,
+            lambda fetched: None,
+        )  # fmt: skip
         service = PrefillService(
-            self._worker, self._runner.storage, transport, config, clock, ignore, reported.set_result
+            self._worker, storage, transport, fetcher, config, clock, ignore, reported.set_result
         )
         self._num_requests += 1
         request_id = RequestId(f"r{self._num_requests}")
@@ -176,6 +184,7 @@ class Bench:
         await self._receiver.wait("verified")
         report = await reported
         await service.aclose()
+        await fetcher.aclose()
         await transport.aclose()
         assert report.exposed_s is not None, report
         samples = self.samples.setdefault((bytes_per_s, num_groups), Samples())
