@@ -17,7 +17,6 @@ import contextlib
 import json
 import os
 import random
-import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 import httpx
 from bench_fleet import fleet
 from handover_ttft import wait_for_pair
-from machine import describe_machine
+from machine import describe_machine, spread
 
 from baton.transfer.choose import available
 
@@ -106,7 +105,7 @@ def measure(transports: list[str], num_pairs: int, num_tokens: int, model: str) 
 
 def report(found: dict[str, Times], args: argparse.Namespace, load: float) -> str:
     rows = [
-        f"| {name} | {spread(times.fetched_ms)} | {spread(times.computed_ms)} | {spread(times.ratios, 2)} | "
+        f"| {name} | {spread(times.fetched_ms, 1)} | {spread(times.computed_ms, 1)} | {spread(times.ratios)} | "
         f"{min(times.num_fetched)}-{max(times.num_fetched)} |"
         for name, times in found.items()
     ]
@@ -127,10 +126,6 @@ def report(found: dict[str, Times], args: argparse.Namespace, load: float) -> st
             "",
         ]
     )
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from machine import describe_machine
+from machine import describe_machine, spread
 
 from baton.clock import SystemClock
 from baton.config import EngineConfig, ModelConfig
@@ -222,8 +222,7 @@ def hidden(cells: list[Cell]) -> float:
 
 
 def _cell(seconds: list[float]) -> str:
-    median, least, greatest = (f(seconds) * 1e3 for f in (statistics.median, min, max))
-    return f"{median:.2f} ({least:.2f}-{greatest:.2f})"
+    return spread([1e3 * value for value in seconds])
 
 
 def report(cells: Cells, options: argparse.Namespace, load_before: float) -> str:

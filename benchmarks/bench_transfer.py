@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import uvloop
 from handover_ttft import HandOver, measure_hand_over
-from machine import describe_machine
+from machine import describe_machine, spread
 from transfer_pair import MEMCPY, MIB, SHAPES, SOCKET, TLS, Pair, make_certificates
 
 from baton.transfer.choose import available
@@ -154,11 +154,6 @@ def ratios(pair: Pair, name: str, ceiling: str, shape: str) -> list[float]:
 def percentile(values: Sequence[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    middle, least, most = statistics.median(values), min(values), max(values)
-    return f"{middle:.{digits}f} ({least:.{digits}f}-{most:.{digits}f})"
 
 
 def report(

@@ -1,9 +1,11 @@
-"""What a table of measurements says about where it was taken."""
+"""What tables of measurements have in common: where they were taken, and how a cell says its spread."""
 
 import datetime
 import os
 import platform
 import re
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -14,3 +16,9 @@ def describe_machine() -> str:
         f"{today}, {os.cpu_count()} cores of {model[1] if model else platform.processor()}, "
         f"Linux {platform.release()}, Python {platform.python_version()}"
     )
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median (least-greatest)."""
+    middle, least, most = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({least:.{digits}f}-{most:.{digits}f})"

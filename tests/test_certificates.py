@@ -27,7 +27,7 @@ from baton.errors import ConfigError, InvalidRequest, Unauthenticated, Unavailab
 from baton.index.base import WorkerJoined
 from baton.request import WorkerId
 from baton.rpc import FETCH, ROUTER_CANCEL, SESSION, STATUS_GET, GrpcRpc, Handlers, Method, Security
-from baton.rpc.calls import single
+from baton.rpc.base import single
 from baton.rpc.grpc_server import GrpcServer
 from baton.rpc.secure import channel_credentials, why_no_connection
 from baton_cli.certs import CA_LIFE, ROLES, Directory, make_certificates, utc_now

@@ -71,6 +71,16 @@ async def assert_all_given_back(fleet: SimulatedFleet) -> None:
     assert all(worker.receiver.num_expected == 0 for worker in fleet.workers.values())
 
 
+async def ask_one_after_another(fleet: SimulatedFleet, requests: list[Request]) -> None:
+    """Without waiting for answers; all of them are right."""
+    asked = []
+    for request in requests:
+        asked.append(asyncio.create_task(fleet.ask(request)))
+        await fleet.clock.sleep(0.01)  # the router counts what it has sent to a worker
+    answers = await asyncio.gather(*asked)
+    assert answers == [right_answer(fleet.config, request) for request in requests]
+
+
 def outcomes(fleet: SimulatedFleet) -> list[FetchOutcome]:
     return [fetched.outcome for fetched in fleet.fetches]
 
@@ -110,12 +120,7 @@ def test_a_second_prefill_worker_fetches_what_the_busy_one_computed_and_sends_it
             requests = [request_of(f"r{n}", prompt, 10) for n, prompt in enumerate(prompts)]
             assert await fleet.ask(requests[0]) == right_answer(config, requests[0])
             await clock.sleep(1.0)
-            asked = []
-            for request in requests[1:]:
-                asked.append(asyncio.create_task(fleet.ask(request)))
-                await clock.sleep(0.01)  # the router counts what it has sent to a worker
-            answers = await asyncio.gather(*asked)
-            assert answers == [right_answer(config, request) for request in requests[1:]]
+            await ask_one_after_another(fleet, requests[1:])
             assert FetchOutcome.OK in outcomes(fleet)
             await assert_all_given_back(fleet)
 
@@ -341,12 +346,7 @@ def test_what_only_another_prefill_worker_holds_is_fetched_from_there() -> None:
             assert await fleet.ask(first) == right_answer(config, first)
             record = fleet.pipeline.record("r0")
             await clock.sleep(1.0)
-            asked = []
-            for request in requests[1:]:
-                asked.append(asyncio.create_task(fleet.ask(request)))
-                await clock.sleep(0.01)  # the router counts what it has sent to a worker
-            answers = await asyncio.gather(*asked)
-            assert answers == [right_answer(config, request) for request in requests[1:]]
+            await ask_one_after_another(fleet, requests[1:])
             [fetched] = fleet.fetches
             assert record is not None and fetched.source_id == record.prefill_worker
             assert (fetched.outcome, fetched.num_tokens) == (FetchOutcome.OK, 192)

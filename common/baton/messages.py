@@ -130,6 +130,17 @@ class Ticket:
     lease_s: float
     compatibility: Compatibility = field(default_factory=Compatibility)  # the decode worker's
 
+    @classmethod
+    def of(
+        cls, record: WorkerRecord, transport: str, address: str, lease_s: float,
+        *, handle: int, request_id: RequestId, epoch: int, num_cached_tokens: int,
+    ) -> "Ticket":  # fmt: skip
+        """To the worker of this record."""
+        return cls(
+            handle, request_id, epoch, record.worker_id, transport, address, record.fingerprint, record.block_size,
+            num_cached_tokens, lease_s, record.compatibility,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:

@@ -227,20 +227,11 @@ class Session:
             self._say(Step((), (), (), (), ((first.handle, finish_reason),), self._worker.load()))
 
     def _ticket(self, job: Job, submit: Submit, num_cached_tokens: int) -> Ticket:
-        context, record = self._context, self._worker.record
-        return Ticket(
-            handle=job.handle,
-            request_id=job.request_id,
-            epoch=submit.epoch,
-            worker_id=record.worker_id,
-            transport=context.transport_name,
-            address=context.transport_address,
-            fingerprint=record.fingerprint,
-            block_size=record.block_size,
-            num_cached_tokens=num_cached_tokens,
-            lease_s=context.config.lease_s,
-            compatibility=record.compatibility,
-        )
+        context = self._context
+        return Ticket.of(
+            self._worker.record, context.transport_name, context.transport_address, context.config.lease_s,
+            handle=job.handle, request_id=job.request_id, epoch=submit.epoch, num_cached_tokens=num_cached_tokens,
+        )  # fmt: skip
 
     # --- a request's end ---
 

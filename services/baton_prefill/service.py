@@ -143,9 +143,7 @@ class PrefillService:
             self._worker.record.compatibility.identity,
             self._clock,
             self._emit,
-            piece_bytes=self._config.piece_bytes,
-            min_piece_bytes=self._config.min_piece_bytes,
-            timeout_s=self._config.push_timeout_s,
+            self._config,
         )
         job = _Job(request, push, self._trace(request), self._clock.now())
         self._jobs[request.request_id] = job

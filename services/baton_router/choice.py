@@ -8,7 +8,7 @@ import random
 
 from baton.errors import InternalError, Unavailable
 from baton.kv.block import BlockHash, block_hashes, root_hash
-from baton.messages import Fetched, FetchOutcome, Role, Ticket
+from baton.messages import Fetched, FetchOutcome, Role, Ticket, WorkerRecord
 from baton.request import Request, WorkerId
 from baton_router.fleet import Fleet
 from baton_router.placement import Candidate, Placement, place
@@ -62,18 +62,19 @@ class Choice:
 
     def confirm_ticket(self, chains: Chains, ticket: Ticket) -> None:
         """The ticket says what is really held; a worker never counts the block of the last prompt token."""
-        num_blocks = (chains.request.num_prompt_tokens - 1) // ticket.block_size
-        hashes = chains.hashes(ticket.fingerprint, ticket.block_size)[:num_blocks]
-        self._fleet.mirror.confirm(ticket.worker_id, hashes, ticket.num_cached_tokens // ticket.block_size)
+        self._confirm(chains, ticket, ticket.num_cached_tokens)
 
     def note_fetched(self, chains: Chains, prefill: WorkerId, fetched: Fetched) -> None:
         """The owner may hold less than it was said to; a way that failed is not taken again for a while."""
         self._fleet.prefix_paths.note(prefill, fetched)
         owner = self._fleet.mirror.record(fetched.source_id)
         if owner is not None and fetched.outcome is FetchOutcome.EVICTED:
-            num_blocks = (chains.request.num_prompt_tokens - 1) // owner.block_size
-            hashes = chains.hashes(owner.fingerprint, owner.block_size)[:num_blocks]
-            self._fleet.mirror.confirm(owner.worker_id, hashes, fetched.num_held_tokens // owner.block_size)
+            self._confirm(chains, owner, fetched.num_held_tokens)
+
+    def _confirm(self, chains: Chains, holder: Ticket | WorkerRecord, num_tokens: int) -> None:
+        num_blocks = (chains.request.num_prompt_tokens - 1) // holder.block_size
+        hashes = chains.hashes(holder.fingerprint, holder.block_size)[:num_blocks]
+        self._fleet.mirror.confirm(holder.worker_id, hashes, num_tokens // holder.block_size)
 
     def _held_blocks(self, chains: Chains, links: list[Link]) -> dict[WorkerId, int]:
         """Leading blocks of the prompt that each worker is said to hold. Workers of another fingerprint hash to other

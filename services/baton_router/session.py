@@ -131,7 +131,7 @@ class Attempt:
             self._first_from_kv(WorkerLost("the first token was lost with the prefill worker"))
 
     def answer_lost(self, error: BatonError) -> None:
-        """The KV is there, but the prefill worker's answer will not come."""
+        """The KV is there, but the prefill worker's answer will not come. May be said more than once."""
         if self._held is not None:
             self._first_from_kv(error)
 

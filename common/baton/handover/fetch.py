@@ -18,6 +18,7 @@ from collections.abc import Callable
 from baton.clock import Clock
 from baton.config import TransferConfig
 from baton.engine.batch import StepOutput
+from baton.engine.sequence import Sequence
 from baton.engine.worker import Worker
 from baton.errors import BatonError, DeadlineExceeded, InternalError
 from baton.events import Emit, about
@@ -105,16 +106,16 @@ class Fetcher:
         state.num_tokens = prefix.num_prompt_tokens
         state.epoch += 1
         try:
-            num_cached_tokens = await self._reserve(prefix)
+            sequence = await self._reserve(prefix)
             # It has come by itself meanwhile, but for a block that costs as much to ask for.
-            if prefix.num_prompt_tokens - num_cached_tokens <= block_size:
+            if prefix.num_prompt_tokens - sequence.num_cached_tokens <= block_size:
                 return state.num_tokens
-            return await self._receive(prefix, num_cached_tokens, state)
+            return await self._receive(prefix, sequence, state)
         finally:
             self._give_back(prefix.request_id)
 
-    async def _reserve(self, prefix: Request) -> int:
-        """Blocks for it; returns how much is in the cache already."""
+    async def _reserve(self, prefix: Request) -> Sequence:
+        """Blocks for it, those among them that are in the cache already."""
         admitted = self._admitted[prefix.request_id] = asyncio.Event()
         self._worker.engine.reserve_prefix(prefix)
         self._worker.admit()
@@ -122,11 +123,10 @@ class Fetcher:
         sequence = self._worker.engine.sequence(prefix.request_id)
         if sequence is None:
             raise InternalError(f"{prefix.request_id} vanished from the engine")
-        return sequence.num_cached_tokens
+        return sequence
 
-    async def _receive(self, prefix: Request, num_cached_tokens: int, state: "_Fetch") -> int:
-        sequence = self._worker.engine.sequence(prefix.request_id)
-        assert sequence is not None
+    async def _receive(self, prefix: Request, sequence: Sequence, state: "_Fetch") -> int:
+        num_cached_tokens = sequence.num_cached_tokens
         self._receiver.expect(
             prefix,
             state.epoch,
@@ -168,20 +168,10 @@ class Fetcher:
             await asyncio.gather(asking, arriving, return_exceptions=True)
 
     def _ticket(self, prefix: Request, num_cached_tokens: int, epoch: int) -> Ticket:
-        record = self._worker.record
-        return Ticket(
-            handle=0,
-            request_id=prefix.request_id,
-            epoch=epoch,
-            worker_id=record.worker_id,
-            transport=self._transport.name,
-            address=self._kv_address,
-            fingerprint=record.fingerprint,
-            block_size=record.block_size,
-            num_cached_tokens=num_cached_tokens,
-            lease_s=self._config.lease_s,
-            compatibility=record.compatibility,
-        )
+        return Ticket.of(
+            self._worker.record, self._transport.name, self._kv_address, self._config.lease_s,
+            handle=0, request_id=prefix.request_id, epoch=epoch, num_cached_tokens=num_cached_tokens,
+        )  # fmt: skip
 
     def _give_back(self, request_id: RequestId) -> None:
         """Whatever is still reserved. A hung owner may write for a while: only these blocks wait for it."""

@@ -76,9 +76,7 @@ class PrefixOwner:
             self._worker.record.compatibility.identity,
             self._clock,
             self._emit,
-            piece_bytes=self._config.piece_bytes,
-            min_piece_bytes=self._config.min_piece_bytes,
-            timeout_s=self._config.push_timeout_s,
+            self._config,
         )
         return push
 

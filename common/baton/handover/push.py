@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from baton.clock import Clock
+from baton.config import TransferConfig
 from baton.errors import TransferError, TransferRefused
 from baton.events import Emit, about
 from baton.handover.busy import BusyTime
@@ -59,10 +60,7 @@ class Push:
         identity: str,
         clock: Clock,
         emit: Emit,
-        *,
-        piece_bytes: int,
-        min_piece_bytes: int,
-        timeout_s: float,
+        config: TransferConfig,
     ) -> None:
         """`identity` names the model in digests, on both sides the same. Raises TransferError when the receiver
         reads no wire version that this worker writes."""
@@ -78,10 +76,14 @@ class Push:
         self._storage = storage
         self._clock = clock
         self._emit = emit
-        self._timeout_s = timeout_s
+        self._timeout_s = config.push_timeout_s
         self._digester = Digester(identity, request.prompt_token_ids)
         self._outgoing = Outgoing(
-            storage.layout, ticket.num_cached_tokens, self._num_tokens, piece_bytes, min_piece_bytes
+            storage.layout,
+            ticket.num_cached_tokens,
+            self._num_tokens,
+            config.piece_bytes,
+            config.min_piece_bytes,
         )
         self._block_table: Sequence[BlockId] = ()
         self._is_whole = False  # nothing more will be computed

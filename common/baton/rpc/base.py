@@ -92,23 +92,32 @@ StreamHandler: TypeAlias = Callable[[Any], AsyncGenerator[Any, None]]  # SERVER_
 Handlers: TypeAlias = dict[Method[Any, Any], UnaryHandler | StreamHandler]
 
 
+async def single(request: Req) -> AsyncGenerator[Req, None]:
+    yield request
+
+
 class Channel(ABC):
     """Calls to one peer. Cheap to make: it connects on first use."""
 
     @abstractmethod
     async def unary(self, method: Method[Req, Res], request: Req, *, timeout_s: float) -> Res: ...
 
-    @abstractmethod
     def server_stream(
         self, method: Method[Req, Res], request: Req, *, timeout_s: float | None
     ) -> AsyncGenerator[Res, None]:
         """timeout_s=None only for watches that carry heartbeats of their own."""
+        return self._stream(method, single(request), timeout_s)
 
-    @abstractmethod
     def bidi(
         self, method: Method[Req, Res], requests: AsyncIterator[Req], *, timeout_s: float | None = None
     ) -> AsyncGenerator[Res, None]:
         """timeout_s=None only for sessions that carry heartbeats of their own."""
+        return self._stream(method, requests, timeout_s)
+
+    @abstractmethod
+    def _stream(
+        self, method: Method[Req, Res], requests: AsyncIterator[Req], timeout_s: float | None
+    ) -> AsyncGenerator[Res, None]: ...
 
     @abstractmethod
     async def aclose(self) -> None: ...

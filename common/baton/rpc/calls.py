@@ -56,10 +56,6 @@ def was_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-async def single(request: Any) -> AsyncGenerator[Any, None]:
-    yield request
-
-
 class Feeding:
     """While its block runs, a task of its own sends `requests`. Their end calls `done`, an exception calls `fail`."""
 

@@ -12,7 +12,7 @@ from baton import codec
 from baton.certificates import Loaded
 from baton.errors import BatonError, InternalError, InvalidRequest, Unavailable
 from baton.rpc.base import Channel, Method, Req, Res
-from baton.rpc.calls import Feeding, single, was_cancelled
+from baton.rpc.calls import Feeding, was_cancelled
 from baton.rpc.grpc_wire import CHANNEL_OPTIONS, ERROR_TRAILER, MEANING
 from baton.rpc.secure import Security, channel_credentials, why_no_connection
 
@@ -39,16 +39,6 @@ class GrpcChannel(Channel):
         call = channel.unary_unary(method.path)(codec.encode(request), timeout=timeout_s)
         async with self._calling(method, call, channel):
             return self._decoded(method, await call)
-
-    def server_stream(
-        self, method: Method[Req, Res], request: Req, *, timeout_s: float | None
-    ) -> AsyncGenerator[Res, None]:
-        return self._stream(method, single(request), timeout_s)
-
-    def bidi(
-        self, method: Method[Req, Res], requests: AsyncIterator[Req], *, timeout_s: float | None = None
-    ) -> AsyncGenerator[Res, None]:
-        return self._stream(method, requests, timeout_s)
 
     async def aclose(self) -> None:
         self._closed = True

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from baton.clock import Clock
 from baton.errors import BatonError, ConfigError, DeadlineExceeded, InternalError, Unavailable, from_code
 from baton.rpc.base import Channel, Handlers, Method, Req, Res, Rpc, Server
-from baton.rpc.calls import Feeding, respond, single
+from baton.rpc.calls import Feeding, respond
 
 MAX_UNREAD = 256  # messages of one direction of one call; then the writer waits
 FIRST_FREE_PORT = 50000
@@ -121,20 +121,10 @@ class _Channel(Channel):
         self._calls: dict[_Call, None] = {}
 
     async def unary(self, method: Method[Req, Res], request: Req, *, timeout_s: float) -> Res:
-        async with aclosing(self._stream(method, single(request), timeout_s)) as answers:
+        async with aclosing(self.server_stream(method, request, timeout_s=timeout_s)) as answers:
             async for answer in answers:
                 return answer
         raise InternalError(f"{method.path} ended without an answer")
-
-    def server_stream(
-        self, method: Method[Req, Res], request: Req, *, timeout_s: float | None
-    ) -> AsyncGenerator[Res, None]:
-        return self._stream(method, single(request), timeout_s)
-
-    def bidi(
-        self, method: Method[Req, Res], requests: AsyncIterator[Req], *, timeout_s: float | None = None
-    ) -> AsyncGenerator[Res, None]:
-        return self._stream(method, requests, timeout_s)
 
     async def aclose(self) -> None:
         self._closed = True
