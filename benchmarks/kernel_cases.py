@@ -48,6 +48,7 @@ class Case:
     num_flops: float = 0
     peers: dict[str, Run] = field(default_factory=dict)
     captured: bool = False  # it launches graphs itself
+    only_reads: bool = False  # next to nothing is written
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def decode_cases(s: Shapes) -> Iterator[Case]:
             peers |= _flashinfer_decode(s, query, cache)
         num_bytes = 2 * num_seqs * context_len * s.kv_heads * s.dim * s.dtype.itemsize
         run = partial(paged_decode_attention, *args, num_splits=splits)
-        yield Case(f"decode {num_seqs} x {context_len}", run, num_bytes=num_bytes, peers=peers)
+        name = f"decode {num_seqs} x {context_len}"
+        yield Case(name, run, num_bytes=num_bytes, peers=peers, only_reads=True)
 
 
 def prefill_cases(s: Shapes) -> Iterator[Case]:
@@ -141,7 +143,7 @@ def token_cases(s: Shapes) -> Iterator[Case]:
             f"rope-write {num_tokens}",
             partial(rope_write_kv, *args),
             num_bytes=2 * size * (query.numel() + 2 * key.numel()) + 8 * cos.numel(),
-            peers=_compiled(s, naive.rope_write_kv, *args),
+            peers=_compiled(s, _rope_write, *args),
         )
         x, weight = s.randn(num_tokens, s.hidden), s.randn(s.hidden)
         yield Case(
@@ -208,7 +210,8 @@ def sampler_cases(s: Shapes) -> Iterator[Case]:
             yield Case(
                 f"sample {num_rows}, {name}",
                 lambda args=args, logits=logits: sample_tokens(logits, *args)[0],
-                num_bytes=logits.numel() * logits.element_size(),
+                num_bytes=logits.nbytes,
+                only_reads=True,
                 peers={"sort": lambda args=args, logits=logits: naive.sample_tokens(logits, *args)[0]},
             )
 
@@ -228,6 +231,7 @@ def step_cases(s: Shapes) -> Iterator[Case]:
             num_bytes=step.num_bytes,
             peers={"no-graph": step.run},
             captured=True,
+            only_reads=True,
         )
 
 
@@ -307,6 +311,24 @@ def _flashinfer_prefill(s: Shapes, query: Tensor, starts: Tensor, cache: Cache) 
     kind = {"causal": True, "q_data_type": s.dtype, "kv_data_type": s.dtype}
     wrapper.plan(starts, *_pages(s, cache), s.heads, s.kv_heads, s.dim, s.block_size, **kind)
     return {"flashinfer": lambda: wrapper.run(query, (cache.k, cache.v))}
+
+
+def _rope_write(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> None:
+    """naive.rope_write_kv where all slots are written: a graph cannot capture the choice of some."""
+    from baton_kernels import naive
+
+    query.copy_(naive.rope(query, cos, sin))
+    where = naive.Positions(slots // k_cache.shape[1], slots % k_cache.shape[1])
+    naive.write_kv(naive.rope(key, cos, sin), value, k_cache, v_cache, where)
 
 
 def _compiled(s: Shapes, function: Callable[..., Any], *args: Any) -> dict[str, Run]:

@@ -101,7 +101,7 @@ def attend(
     stride_kp,
     stride_vb,
     stride_vp,
-    scale,
+    scale,  # above 0
     MASKED: tl.constexpr,  # False: every row sees all of [start, end), which is a whole number of tiles
     WINDOW: tl.constexpr,
     CHUNKED: tl.constexpr,
@@ -114,22 +114,24 @@ def attend(
     DV_PAD: tl.constexpr,
 ):
     """m, l and acc after the positions [start, end)."""
+    to_log2 = LOG2E if SOFTCAP > 0 else scale * LOG2E
     ids = _load_block_ids(table_ptr, start, context_len, BLOCK_SIZE, BLOCK_N)
     for n in range(start, end, BLOCK_N):
         next_ids = _load_block_ids(table_ptr, n + BLOCK_N, context_len, BLOCK_SIZE, BLOCK_N)
         pos = n + tl.arange(0, BLOCK_N)
         k = _load_tile(k_ptr, ids, pos, context_len, stride_kb, stride_kp, MASKED, BLOCK_SIZE, DK, DK_PAD)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        s = _soft_cap(s * scale, SOFTCAP) * LOG2E if SOFTCAP > 0 else s * (scale * LOG2E)
+        if SOFTCAP > 0:
+            s = _soft_cap(s * scale, SOFTCAP)
         if MASKED:
             visible = pos[None, :] <= q_pos[:, None]
             if WINDOW > 0:
                 visible &= pos[None, :] >= first_visible(q_pos, WINDOW, CHUNKED)[:, None]
             s = tl.where(visible, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
+        m_new = tl.maximum(m, tl.max(s, 1) * to_log2)
         # A row may see nothing of a tile that is outside its window: keep -inf - -inf away from it.
         base = tl.where(m_new == float("-inf"), 0.0, m_new) if WINDOW > 0 else m_new
-        p = tl.exp2(s - base[:, None])
+        p = tl.exp2(s * to_log2 - base[:, None])  # one fused multiply-add and one exponential for each score
         shrink = tl.exp2(m - base)
         l = l * shrink + tl.sum(p, 1)
         v = _load_tile(v_ptr, ids, pos, context_len, stride_vb, stride_vp, MASKED, BLOCK_SIZE, DV, DV_PAD)

@@ -182,7 +182,9 @@ def paged_decode_attention(
 
     group = num_heads // num_kv_heads
     dk_pad, dv_pad = triton.next_power_of_2(dk), triton.next_power_of_2(dv)
-    block_n, num_warps = _tile_shape(max(dk_pad, dv_pad) * query.element_size(), query.element_size())
+    block_n, num_warps, num_stages = _tile_shape(
+        max(dk_pad, dv_pad) * query.element_size(), query.element_size()
+    )
     out = torch.empty(num_seqs, num_heads, dv, dtype=query.dtype, device=query.device)
     partial, lse = out, out  # not used by a single split
     if num_splits > 1:
@@ -219,7 +221,7 @@ def paged_decode_attention(
         DK_PAD=dk_pad,
         DV_PAD=dv_pad,
         num_warps=num_warps,
-        num_stages=3,
+        num_stages=num_stages,
     )
     if num_splits > 1:
         _reduce_kernel[(num_heads, num_seqs)](
@@ -235,11 +237,11 @@ def paged_decode_attention(
     return out
 
 
-def _tile_shape(row_bytes: int, element_bytes: int) -> tuple[int, int]:
-    """BLOCK_N, num_warps: without spills, see the table of tests/kernels/compile_gate.py."""
+def _tile_shape(row_bytes: int, element_bytes: int) -> tuple[int, int, int]:
+    """BLOCK_N, num_warps, num_stages: without spills, see the table of tests/kernels/compile_gate.py."""
     if element_bytes == 4:  # no tensor cores at full precision: operands live in registers
-        return 16, 8
-    return (64, 4) if row_bytes <= 256 else (32, 4)
+        return 16, 8, 3
+    return (64, 4, 3) if row_bytes <= 256 else (32, 4, 3)
 
 
 def _check_cache(cache: Tensor, num_kv_heads: int, dim: int) -> None:

@@ -1,4 +1,6 @@
-"""Runs the Triton kernels in Triton's interpreter, on the CPU.
+"""Runs the Triton kernels on the GPU where there is one, else in Triton's interpreter, on the CPU.
+
+    python -m pytest tests/kernels        on a GPU machine; needs torch, Triton, transformers and Baton's base install
 
 Triton decides at import whether it compiles or interprets, so it is imported here, first, with TRITON_INTERPRET set
 only meanwhile: other tests and the processes they start see nothing of it. If something else has imported Triton
@@ -19,6 +21,7 @@ import pytest
 import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+ON_GPU = torch.cuda.is_available()
 TRITON_CAME_FIRST = "triton" in sys.modules
 
 
@@ -88,22 +91,30 @@ def _teach_wrapping_sums() -> None:
     interpreter.ReduceOps.sum = sum_in_type
 
 
-if HAS_TRITON and not TRITON_CAME_FIRST:
+if HAS_TRITON and not TRITON_CAME_FIRST and not ON_GPU:
     _import_interpreted()
     _teach_bfloat16()
     _teach_wrapping_sums()
 
 
 @pytest.fixture
-def interpreter() -> None:
-    if TRITON_CAME_FIRST:
+def kernels() -> Iterator[None]:
+    """The kernels can be called: tensors that do not say where they belong are where the kernels run."""
+    if ON_GPU:
+        with torch.device("cuda"):
+            yield
+    elif TRITON_CAME_FIRST:
         pytest.fail("Triton was imported before these tests were collected: run tests/kernels first or alone")
+    else:
+        yield
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """What `torch.empty` returns is full of NaN: an element that no program wrote is seen."""
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(
+        True, warn_only=ON_GPU
+    )  # not all that tests use is deterministic there
     yield
     torch.use_deterministic_algorithms(False)

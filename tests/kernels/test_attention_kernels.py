@@ -15,7 +15,7 @@ from baton_kernels.decode_attention import choose_num_splits, paged_decode_atten
 from baton_kernels.prefill_attention import paged_prefill_attention
 
 pytestmark = [
-    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.usefixtures("kernels"),
     # numpy's remarks on overflows and wrap-arounds that the kernels mean, and on lanes that are masked later
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]

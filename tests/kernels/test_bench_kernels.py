@@ -27,7 +27,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             del sys.modules[name]
 
 
-@pytest.mark.usefixtures("interpreter")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_case_runs_and_equals_its_peers(load: Any, family: str) -> None:
@@ -64,16 +64,20 @@ def test_rows_and_the_page(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = cases.Case(
         "copy", lambda: ones, num_bytes=2e9, num_flops=5e8, peers={"twice": lambda: 2 * ones, "bad": broken}
     )
-    row = bench.measure(case, bench.Machine("card", 2e12, 1e12))
+    row = bench.measure(case, bench.Machine("card", 3e12, 2e12, 1e12))
     assert (row["us"], row["floor_us"], row["share"]) == pytest.approx((2000, 1000, 0.5))
     assert row["peers"]["twice"] == pytest.approx({"us": 4000, "diff": 1.0})
     assert "2000.0 us" in bench.line(row) and "50.0%" in bench.line(row)
-    page = bench.page([row], bench.Machine("card", 2e12, 1e12), datetime.date(2026, 1, 2))
+    page = bench.page([row], bench.Machine("card", 3e12, 2e12, 1e12), datetime.date(2026, 1, 2))
     assert (
         "| copy | 2000.0 | 1000.0 | 50% | twice 4000.0 us, diff 1; bad RuntimeError: no such / kernel here |"
         in page
     )
-    assert "card: copies 2.00 TB/s, products 1 TFLOP/s." in page and "2026-01-02" in page and "torch" in page
+    assert (
+        "card: reads 3.00 TB/s, copies 2.00 TB/s, products 1 TFLOP/s." in page
+        and "2026-01-02" in page
+        and "torch" in page
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")

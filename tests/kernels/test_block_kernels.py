@@ -15,7 +15,7 @@ from baton_kernels.naive import Planes
 from baton_kernels.wire_blocks import pack_blocks, unpack_blocks
 
 pytestmark = [
-    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.usefixtures("kernels"),
     # numpy's remarks on overflows and wrap-arounds that the kernels mean, and on lanes that are masked later
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
@@ -133,5 +133,5 @@ def test_the_digest_is_that_of_the_hand_over() -> None:
             planes = Planes(layout.layer_offsets[layer] + start, 1, 2, row_bytes, 2 * layer + plane)
             total += pack_blocks(pool, ids, first, 16, planes)[1]
     group = pool[ids, layout.layer_offsets[1] :].contiguous()
-    theirs = token_digests(header, layout, [memoryview(row.numpy()) for row in group])
+    theirs = token_digests(header, layout, [memoryview(row.numpy()) for row in group.cpu()])
     assert total.flatten().tolist() == theirs.view("int64").tolist()

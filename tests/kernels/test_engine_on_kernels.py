@@ -19,7 +19,7 @@ from baton.model.triton_step import TritonPlanner
 from baton.request import SamplingParams
 
 pytestmark = [
-    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.usefixtures("kernels"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
 LENGTHS = [1, 15, 16, 36]  # one is longer than a step's budget: chunks after a prefix

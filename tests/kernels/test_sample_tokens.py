@@ -18,7 +18,7 @@ from baton_kernels import sample_tokens as module
 from baton_kernels.sample_tokens import sample_tokens
 
 pytestmark = [
-    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.usefixtures("kernels"),
     # numpy's remarks on overflows and wrap-arounds that the kernels mean, and on lanes that are masked later
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]

@@ -11,7 +11,7 @@ from baton_kernels.rms_norm import add_rms_norm
 from baton_kernels.silu_mul import silu_mul
 
 pytestmark = [
-    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.usefixtures("kernels"),
     # numpy's remarks on overflows and wrap-arounds that the kernels mean, and on lanes that are masked later
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]

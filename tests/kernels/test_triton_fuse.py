@@ -1,5 +1,4 @@
-"""Modules of real models swapped for the kernels: what is swapped, what stays, and the same logits. In the
-interpreter, not on a GPU."""
+"""Modules of real models swapped for the kernels: what is swapped, what stays, and the same logits."""
 
 from typing import Any
 
@@ -20,7 +19,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from baton.model.triton_fuse import FusedGatedMLP, FusedRMSNorm, fuse
 
 pytestmark = [
-    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.usefixtures("kernels"),
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
 SHAPE: dict[str, Any] = {

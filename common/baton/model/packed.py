@@ -152,7 +152,7 @@ def agrees(module: nn.Module, weight: Tensor, bias: Tensor | None, tolerance: fl
 def sample_input(size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """[1, 4, size], the same in every run."""
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(1, _SAMPLE_ROWS, size, generator=generator) * scale).to(dtype)
+    return (torch.randn(1, _SAMPLE_ROWS, size, generator=generator, device="cpu") * scale).to(dtype)
 
 
 def close(out: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
