@@ -359,6 +359,48 @@ async def test_a_handler_may_end_a_session_while_requests_go_on(world: World) ->
 
 
 @contract
+async def test_a_stream_may_be_opened_before_there_is_a_request(world: World) -> None:
+    outbox: asyncio.Queue[m.GenerateCall] = asyncio.Queue()
+    called = asyncio.Event()
+
+    async def requests() -> AsyncGenerator[m.GenerateCall, None]:
+        yield await outbox.get()
+
+    async def generate(call: m.GenerateCall) -> AsyncGenerator[m.GenerateChunk, None]:
+        called.set()
+        yield m.GenerateChunk(0, call.request.prompt_token_ids, None)
+
+    channel = await world.channel_to({DECODE_GENERATE: generate})
+    stream = channel.bidi(DECODE_GENERATE, requests(), timeout_s=60.0)
+    first = asyncio.create_task(collect(stream))
+    await world.clock.sleep(0.2)
+    assert not called.is_set()
+    outbox.put_nowait(GENERATE)
+    assert await world.within(10.0, first) == [m.GenerateChunk(0, (1, 2), None)]
+
+
+@contract
+async def test_a_stream_that_was_opened_for_nothing_leaves_nothing(world: World) -> None:
+    closed = asyncio.Event()
+
+    async def requests() -> AsyncGenerator[m.GenerateCall, None]:
+        try:
+            await asyncio.Event().wait()
+            yield GENERATE
+        finally:
+            closed.set()
+
+    server = await world.serve({DECODE_GENERATE: steady_generate})
+    stream = world.connect(server.address).bidi(DECODE_GENERATE, requests(), timeout_s=60.0)
+    first = asyncio.create_task(collect(stream))
+    await world.clock.sleep(0.2)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    await world.within(10.0, closed.wait())
+    await world.within(10.0, server.aclose(grace_s=30.0))
+
+
+@contract
 async def test_calls_run_side_by_side(world: World) -> None:
     everyone = asyncio.Barrier(20)
 

@@ -18,6 +18,7 @@ from baton.events import Emit, about
 from baton.messages import PrefillCall, PrefillResult, Pushed
 from baton_router.canary import Canary
 from baton_router.generation import Tokens
+from baton_router.prefill_stream import PrefillStream
 from baton_router.session import Attempt, Session
 from baton_router.workers import Link
 
@@ -53,11 +54,11 @@ class HandOver:
         self._repaired = False
         attempt.on_missed = lambda reason: self._fail(TransferError(reason))
 
-    async def run(self, call: PrefillCall, timeout_s: float, on_result: OnResult) -> None:
+    async def run(self, stream: PrefillStream, call: PrefillCall, on_result: OnResult) -> None:
         """Until the push has ended, or is of no use any more."""
         with self._prefill.watched(self._fail):
             try:
-                async with aclosing(self._prefill.prefill(call, timeout_s)) as answers:
+                async with aclosing(self._prefill.prefill(stream, call)) as answers:
                     async with self._clock.timeout(call.deadline_s):
                         answer = await anext(answers)
                     if isinstance(answer, PrefillResult):

@@ -2,7 +2,7 @@
 
 1 admit            a slot, or 429
 2 place            a pair (prefill worker, decode worker), or a decode worker alone (choice)
-3 submit           decode worker reserves blocks and answers with a ticket
+3 submit           decode worker reserves blocks and answers with a ticket (attempts)
 4 prefill          prefill worker computes, pushes KV to the ticket's address, answers with the first token; where
                    the KV does not arrive, the decode worker computes the prompt itself (hand_over)
 5 stream           first token, then the decode worker's Step messages, straight into the request's stream
@@ -14,7 +14,6 @@ import asyncio
 import random
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
-from dataclasses import replace
 
 from baton.clock import Clock
 from baton.config import RouterConfig
@@ -23,20 +22,16 @@ from baton.errors import (
     Cancelled,
     DeadlineExceeded,
     InternalError,
-    Overloaded,
-    TransferError,
 )
 from baton.events import Emit, about
-from baton.messages import PrefillCall, PrefillResult, PrefixSource, Ticket
 from baton.request import Request, WorkerId
-from baton.tracing import NO_TRACING, Phases, SpanKind, Tracer
+from baton.tracing import NO_TRACING, SpanKind, Tracer
 from baton_router.admission import Admission
+from baton_router.attempts import Attempts
 from baton_router.choice import Chains, Choice
 from baton_router.fleet import Fleet
 from baton_router.generation import Record, Tokens, TokenStream
-from baton_router.hand_over import HandOver
 from baton_router.placement import Placement
-from baton_router.session import Attempt, Session
 from baton_router.workers import Link
 
 MAX_RECORDS = 512
@@ -54,15 +49,14 @@ class Pipeline:
         emit: Emit,
         tracer: Tracer = NO_TRACING,
     ) -> None:
-        self._config = config
         self._fleet = fleet
         self._clock = clock
         self._choice = Choice(fleet, rng)
+        self._attempts = Attempts(config, fleet, self._choice, clock, emit, tracer)
         self._emit = emit
         self._tracer = tracer
         self.admission = Admission(config.max_num_requests)
         self._streams: dict[str, TokenStream] = {}
-        self._attempts: dict[str, tuple[Session, Attempt]] = {}
         self._records: OrderedDict[str, Record] = OrderedDict()
 
     # --- what the front doors call ---
@@ -85,9 +79,7 @@ class Pipeline:
                 self._close_record(request, record)
 
     def drop(self, request_id: str, sample: int) -> None:
-        if (found := self._attempts.get(request_id)) is not None:
-            session, attempt = found
-            session.drop(attempt, sample)
+        self._attempts.drop(request_id, sample)
 
     def cancel(self, request_id: str) -> bool:
         stream = self._streams.get(request_id)
@@ -105,11 +97,11 @@ class Pipeline:
         try:
             async with self._clock.timeout(timeout_s):
                 if prefill is None:
-                    await self._run_alone(request, record, stream, link, timeout_s)
+                    await self._attempts.alone(request, stream, link, timeout_s)
                 else:
                     source = self._fleet.link(prefill)
                     chains = Chains(request)
-                    await self._run_pair(chains, record, stream, source, link, timeout_s, is_trial=True)
+                    await self._attempts.pair(chains, record, stream, source, link, timeout_s, is_trial=True)
         except TimeoutError:
             raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
         stream.end()
@@ -127,10 +119,10 @@ class Pipeline:
                 placement = self._choice.place(chains)
                 prefill, decode = self._note_placement(request, record, placement)
                 if prefill is None:
-                    await self._run_alone(request, record, stream, decode, timeout_s)
+                    await self._attempts.alone(request, stream, decode, timeout_s)
                 else:
                     source = placement.source
-                    await self._run_pair(chains, record, stream, prefill, decode, timeout_s, source)
+                    await self._attempts.pair(chains, record, stream, prefill, decode, timeout_s, source)
             stream.end()
         except TimeoutError:
             self._fail(record, stream, DeadlineExceeded(f"not finished within {timeout_s:g} s"))
@@ -143,95 +135,6 @@ class Pipeline:
     def _fail(self, record: Record, stream: TokenStream, error: BatonError) -> None:
         record.error = f"{error.code}: {error.message}"
         stream.fail(error)
-
-    async def _run_pair(
-        self,
-        chains: Chains,
-        record: Record,
-        stream: TokenStream,
-        prefill: Link,
-        decode: Link,
-        timeout_s: float,
-        source: PrefixSource | None = None,
-        *,
-        is_trial: bool = False,
-    ) -> None:
-        session = decode.session
-        trace = self._attempt_trace(chains.request, decode)
-        request = replace(chains.request, traceparent=trace.traceparent)
-        attempt = session.submit(
-            request, stream, epoch=1, deadline_s=timeout_s, prefill_id=prefill.record.worker_id
-        )
-        self._attempts[request.request_id] = session, attempt
-        trace.phase("ticket")
-        try:
-            ticket = await self._ticket(attempt)
-            record.ticket_s = self._clock.now()
-            record.num_cached_tokens_decode = ticket.num_cached_tokens
-            self._choice.confirm_ticket(chains, ticket)
-            trace.phase("answer")
-            asking = trace.call("prefill call", {"baton.worker": prefill.record.worker_id})
-            call = PrefillCall(
-                replace(request, traceparent=asking.traceparent),
-                ticket,
-                min(timeout_s, self._config.prefill_timeout_s),
-                source,
-            )
-            attempt.received.add_done_callback(lambda _: self._note_transfer(record, attempt))
-            hand_over = HandOver(
-                attempt,
-                session,
-                prefill,
-                decode,
-                self._fleet.canary,
-                self._clock,
-                self._emit,
-                is_trial=is_trial,
-            )
-            running = asyncio.create_task(
-                hand_over.run(
-                    call,
-                    timeout_s,
-                    lambda result: self._note_prefill(chains, record, prefill.record.worker_id, result),
-                )
-            )
-            try:
-                await asyncio.wait((running, attempt.finished), return_when=asyncio.FIRST_COMPLETED)
-                if running.done():
-                    running.result()
-                await attempt.finished
-                if is_trial:
-                    await running
-                    _check_trial(hand_over)
-            finally:
-                running.cancel()
-                await asyncio.gather(running, return_exceptions=True)
-                asking.end(self._clock.now())
-        finally:
-            self._end_attempt(session, attempt, trace)
-
-    async def _run_alone(
-        self, request: Request, record: Record, stream: TokenStream, decode: Link, timeout_s: float
-    ) -> None:
-        session = decode.session
-        trace = self._attempt_trace(request, decode)
-        request = replace(request, traceparent=trace.traceparent)
-        attempt = session.submit(request, stream, epoch=1, deadline_s=timeout_s, prefill_id=None)
-        self._attempts[request.request_id] = session, attempt
-        attempt.start_stream()
-        try:
-            await attempt.finished
-        finally:
-            self._end_attempt(session, attempt, trace)
-
-    def _attempt_trace(self, request: Request, decode: Link) -> Phases:
-        attributes = {"baton.worker": decode.record.worker_id}
-        return Phases(self._tracer, self._clock, "attempt", request.traceparent, SpanKind.CLIENT, attributes)
-
-    def _end_attempt(self, session: Session, attempt: Attempt, trace: Phases) -> None:
-        self._attempts.pop(attempt.request.request_id, None)
-        session.cancel(attempt)
-        trace.end(attempt.error)
 
     def _note_placement(
         self, request: Request, record: Record, placement: Placement
@@ -247,16 +150,6 @@ class Pipeline:
         )
         prefill = self._fleet.link(placement.prefill) if placement.prefill is not None else None
         return prefill, self._fleet.link(placement.decode)
-
-    async def _ticket(self, attempt: Attempt) -> Ticket:
-        try:
-            async with self._clock.timeout(self._config.reserve_timeout_s):
-                return await attempt.ticket
-        except TimeoutError:
-            raise Overloaded(
-                f"no decode worker had room within {self._config.reserve_timeout_s:g} s",
-                retry_after_s=self._config.reserve_timeout_s,
-            ) from None
 
     # --- records ---
 
@@ -277,24 +170,6 @@ class Pipeline:
         if batch[-1].finish_reason is not None:
             record.finish_reason = batch[-1].finish_reason.value
 
-    def _note_prefill(self, chains: Chains, record: Record, prefill: WorkerId, result: PrefillResult) -> None:
-        record.num_cached_tokens_prefill = result.num_cached_tokens
-        record.transport = result.transport or None
-        if result.fetched is not None:
-            record.fetched_from, record.num_fetched_tokens = (
-                result.fetched.source_id,
-                result.fetched.num_tokens,
-            )
-            self._choice.note_fetched(chains, prefill, result.fetched)
-
-    def _note_transfer(self, record: Record, attempt: Attempt) -> None:
-        if attempt.received.cancelled() or attempt.received.exception() is not None:
-            return
-        received = attempt.received.result()
-        record.num_blocks_transferred = received.num_blocks
-        record.num_bytes_transferred = received.num_bytes
-        record.transfer_s = received.seconds
-
     def _close_record(self, request: Request, record: Record) -> None:
         record.finished_s = self._clock.now()
         self._emit(
@@ -304,9 +179,3 @@ class Pipeline:
             reason=record.finish_reason,
             error=record.error,
         )
-
-
-def _check_trial(hand_over: HandOver) -> None:
-    """A path whose damage was repaired has given the right answer, and is no good path."""
-    if hand_over.num_mismatches:
-        raise TransferError(f"{hand_over.num_mismatches} pieces did not match their digest")

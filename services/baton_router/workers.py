@@ -9,7 +9,7 @@ What goes over a session is in `session`.
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 
 from baton.clock import Clock
@@ -27,8 +27,9 @@ from baton.messages import (
     WorkerRecord,
 )
 from baton.request import WorkerId
-from baton.rpc import PREFILL, SESSION, STATUS_BLOCKS, STATUS_WATCH, Rpc
+from baton.rpc import SESSION, STATUS_BLOCKS, STATUS_WATCH, Rpc
 from baton.transfer.rate import Rate
+from baton_router.prefill_stream import PrefillStream
 from baton_router.session import Session
 
 RECONNECT_S = 0.25
@@ -72,12 +73,21 @@ class Link:
         """Empty while it is up, or was never tried."""
         return "" if self.up else next(iter(self._why_down.values()), "")
 
-    async def prefill(self, call: PrefillCall, timeout_s: float) -> AsyncGenerator[PrefillAnswer, None]:
+    @asynccontextmanager
+    async def prefill_stream(self, timeout_s: float) -> AsyncGenerator[PrefillStream, None]:
+        """For one `prefill`."""
+        stream = PrefillStream(self._channel, timeout_s)
+        try:
+            yield stream
+        finally:
+            await stream.aclose()
+
+    async def prefill(self, stream: PrefillStream, call: PrefillCall) -> AsyncGenerator[PrefillAnswer, None]:
         """Until the push has ended. Raises WorkerLost when the worker goes before."""
         num_tokens = call.request.num_prompt_tokens
         self.num_dispatched_tokens += num_tokens
         try:
-            async with aclosing(self._channel.server_stream(PREFILL, call, timeout_s=timeout_s)) as answers:
+            async with aclosing(stream.ask(call)) as answers:
                 async for answer in answers:
                     self.num_dispatched_tokens -= num_tokens
                     num_tokens = 0

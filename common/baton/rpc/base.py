@@ -12,6 +12,8 @@ them. Both implementations keep the same promises, and one contract test holds t
   One that is reading requests at that moment may see them end first.
 - Messages of one stream arrive once and in order. A writer that is far ahead of its reader waits.
 - A stream starts with the first `anext` of what `server_stream` or `bidi` returned.
+- A method that streams answers to one request may be opened by `bidi` before that request is there: its handler is
+  called once it has come.
 - `requests` of a `bidi` is read, and closed if it is an async generator, by the channel. What it raises ends the call
   and is raised at the caller; its end tells the handler that no more requests come, and leaves the answers running.
 """

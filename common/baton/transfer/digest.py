@@ -27,7 +27,7 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -64,9 +64,7 @@ class Digester:
 
     def __init__(self, identity: str, prompt_token_ids: Sequence[int]) -> None:
         self._identity = identity.encode()
-        tokens = np.frombuffer(array("I", prompt_token_ids), np.uint32).astype(np.uint64)
-        tokens += np.arange(len(tokens), dtype=np.uint64) * np.uint64(_TOKEN)
-        self._prefixes = np.cumsum(_mix(tokens), dtype=np.uint64)  # [i]: of the first i + 1 tokens
+        self._prompt_token_ids = prompt_token_ids
 
     def digest(self, header: PieceHeader, layout: KVLayout, payload: Iterable[memoryview]) -> bytes:
         """16 bytes; `header.digest` itself does not count. `layout` says what the layers look like, not the blocks."""
@@ -75,6 +73,13 @@ class Digester:
         if header.num_tokens:
             state.update(self._blocks(header, token_digests(header, layout, payload)))
         return state.digest()
+
+    @cached_property
+    def _prefixes(self) -> Words:
+        """[i]: of the first i + 1 tokens. Made with the first piece, when the prompt is being computed already."""
+        tokens = np.frombuffer(array("I", self._prompt_token_ids), np.uint32).astype(np.uint64)
+        tokens += np.arange(len(tokens), dtype=np.uint64) * np.uint64(_TOKEN)
+        return np.cumsum(_mix(tokens), dtype=np.uint64)
 
     def _blocks(self, header: PieceHeader, sums: Words) -> bytes:
         """The digests of every block of UNIT tokens that the piece has a part of."""
