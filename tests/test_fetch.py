@@ -208,8 +208,8 @@ SLOW_WIRE = replace(CONFIG, link_bytes_per_s=2e4, speed=Speed(prefill_token_s=0.
 
 
 def answer_elsewhere(fleet: SimulatedFleet, decode: LocalWorker) -> None:
-    place = fleet.pipeline._choice.place
-    fleet.pipeline._choice.place = lambda chains: replace(  # type: ignore[method-assign]
+    place = fleet.pipeline._choice._place
+    fleet.pipeline._choice._place = lambda chains: replace(  # type: ignore[method-assign]
         place(chains), decode=decode.record.worker_id
     )
 

@@ -8,10 +8,15 @@ import pytest
 
 from baton.messages import Compatibility, Load, PrefixSource, Role, WorkerRecord
 from baton.request import WorkerId
-from baton_router.placement import FETCH_S, FETCH_SLACK_S, Candidate, Placement, place
+from baton_router.costs import Candidate
+from baton_router.placement import FETCH_S, FETCH_SLACK_S, Placement, place
 
 CanFetch = Callable[[WorkerRecord, WorkerRecord, WorkerRecord], bool]
-LOAD = Load(num_free_blocks=1000, prefill_tokens_per_s=1000, decode_step_s=0.02, transfer_bytes_per_s=1e9)
+LOAD = Load(
+    num_free_blocks=1000, prefill_tokens_per_s=1000, decode_step_s=0.02, transfer_bytes_per_s=1e9,
+    decode_batch_size=1.0, decode_seq_s=0.002, num_measured_tokens=1_000_000,
+)  # fmt: skip
+SEEN = ("num_held_blocks", "num_seqs", "num_queued_tokens", "num_unseen_tokens")
 
 
 def worker(name: str, role: Role, **changes: object) -> Candidate:
@@ -29,7 +34,7 @@ def worker(name: str, role: Role, **changes: object) -> Candidate:
         kv_block_bytes=1 << 20,
         load=LOAD,
     )
-    candidate = {k: v for k, v in changes.items() if k in ("num_held_blocks", "num_dispatched_tokens")}
+    candidate = {k: v for k, v in changes.items() if k in SEEN}
     load = {k: v for k, v in changes.items() if hasattr(LOAD, k)}
     rest = {k: v for k, v in changes.items() if k not in candidate and k not in load}
     return Candidate(replace(record, load=replace(LOAD, **load), **rest), **candidate)  # type: ignore[arg-type]
@@ -66,12 +71,8 @@ def test_the_owner_of_the_prefix_computes_it() -> None:
 
 
 def test_a_long_queue_outweighs_a_prefix() -> None:
-    busy_owner = prefill("p2", num_held_blocks=30, num_waiting_tokens=5000)
+    busy_owner = prefill("p2", num_held_blocks=30, num_queued_tokens=5000)
     assert choice([prefill("p1"), busy_owner], [decode("d")]).prefill == "p1"
-
-
-def test_what_this_router_sent_since_the_last_report_counts() -> None:
-    assert choice([prefill("p1", num_dispatched_tokens=5000), prefill("p2")], [decode("d")]).prefill == "p2"
 
 
 def test_blocks_the_decode_worker_holds_need_no_wire() -> None:
@@ -82,6 +83,33 @@ def test_blocks_the_decode_worker_holds_need_no_wire() -> None:
 def test_a_full_pool_and_a_slow_step_repel() -> None:
     assert choice([prefill("p")], [decode("d1", num_free_blocks=60), decode("d2")]).decode == "d2"
     assert choice([prefill("p")], [decode("d1", decode_step_s=0.05), decode("d2")]).decode == "d2"
+
+
+def test_a_worker_takes_its_share_by_its_speed_and_one_that_is_too_slow_is_spared() -> None:
+    for step_s, fewer, more in (
+        (0.024, 0, 2),
+        (0.03, 1, 3),
+        (0.039, 2, 3),
+    ):  # noise, a half more, twice as much
+        slow = decode("slow", decode_step_s=step_s, decode_seq_s=0.0002, num_seqs=1)
+        fast = [decode("fast", decode_seq_s=0.0002, num_seqs=n) for n in (fewer, more)]
+        assert [choice([prefill("p")], [slow, each]).decode for each in fast] == ["fast", "slow"], step_s
+    too_slow = decode("slow", decode_step_s=0.06, decode_seq_s=0.0002)
+    busy = decode("fast", decode_seq_s=0.0002, num_seqs=20)
+    assert choice([prefill("p")], [too_slow, busy]).decode == "fast"
+
+
+def test_requests_that_the_report_does_not_show_will_take_blocks() -> None:
+    tight = {"num_free_blocks": 150}
+    unseen = decode("d1", num_unseen_tokens=1600, **tight)
+    assert choice([prefill("p")], [unseen, decode("d2", num_seqs=2, **tight)]).decode == "d2"
+
+
+def test_a_prefix_outweighs_a_queue_of_fewer_tokens() -> None:
+    prefills = [prefill("p1", num_held_blocks=30, num_queued_tokens=400), prefill("p2")]
+    assert choice(prefills, [decode("d")]).prefill == "p1"
+    on_decode = [decode("d1", num_held_blocks=40, num_seqs=5), decode("d2", num_seqs=4)]
+    assert choice([prefill("p", transfer_bytes_per_s=1e8)], on_decode).decode == "d1"  # 0.4 s of wire
 
 
 def test_a_pair_needs_the_same_model_and_a_common_transport() -> None:
@@ -101,10 +129,10 @@ def test_unmeasured_workers_are_tried_and_equals_are_shared() -> None:
 
 def test_a_worker_with_both_roles_is_no_pair_with_itself() -> None:
     both = worker("w", Role.DECODE, roles=(Role.PREFILL, Role.DECODE))
-    assert choice([both], [both]) == Placement(None, WorkerId("w"), choice([both], [both]).predicted_s)
-    slow = prefill("p", num_waiting_tokens=9000)
+    assert choice([both], [both]) == Placement(None, WorkerId("w"), choice([both], [both]).predicted_s, 640)
+    slow = prefill("p", num_queued_tokens=9000)
     assert choice([slow, both], [both]).prefill is None
-    busy = worker("w", Role.DECODE, roles=(Role.PREFILL, Role.DECODE), num_waiting_tokens=9000)
+    busy = worker("w", Role.DECODE, roles=(Role.PREFILL, Role.DECODE), num_queued_tokens=9000)
     assert choice([prefill("p"), busy], [busy]).prefill == "p"
 
 
@@ -118,7 +146,7 @@ def test_a_pair_that_has_not_proven_itself_carries_nothing() -> None:
 
 def test_each_of_several_samples_needs_blocks_of_its_own_beside_those_of_the_prompt() -> None:
     """40 blocks for 640 tokens of prompt, which all share, and 4 more for the answer of each."""
-    nearly_full, slow = decode("d1", num_free_blocks=200), decode("d2", decode_step_s=0.035)
+    nearly_full, slow = decode("d1", num_free_blocks=200), decode("d2", decode_step_s=0.06)
 
     def chosen(num_samples: int) -> Placement | None:
         return place(640, 64, [prefill("p")], [nearly_full, slow], random.Random(0), proven, num_samples)
@@ -188,7 +216,7 @@ def test_an_owner_needs_the_same_model_and_a_common_transport() -> None:
 
 
 def test_an_idle_prefill_worker_fetches_what_a_busy_one_holds() -> None:
-    busy = prefill("p1", num_held_blocks=40, num_waiting_tokens=5000)
+    busy = prefill("p1", num_held_blocks=40, num_queued_tokens=5000)
     placed = place(648, 64, [busy, prefill("p2")], [decode("d")], random.Random(0), proven, can_fetch=anybody)
     assert placed is not None and placed.prefill == "p2"
     assert placed.source is not None and placed.source.worker_id == "p1"

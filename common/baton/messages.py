@@ -23,7 +23,9 @@ class Role(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A worker's own measurements, sent with every Step and every lease renewal. Rates are 0 until measured."""
+    """A worker's own measurements, sent with every Step and every lease renewal. Rates are 0 until measured.
+
+    The time of a decode step is a line over the number of its sequences, through (decode_batch_size, decode_step_s)."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -32,6 +34,10 @@ class Load:
     prefill_tokens_per_s: float = 0.0
     decode_step_s: float = 0.0
     transfer_bytes_per_s: float = 0.0
+    decode_batch_size: float = 0.0  # sequences in the steps that decode_step_s is the mean of
+    decode_seq_s: float = 0.0  # what one sequence more adds to a step
+    num_measured_tokens: int = 0  # prompt tokens that prefill_tokens_per_s was measured on lately
+    num_own: int = 0  # of running and waiting ones, those of the router that is told over its session
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,10 +205,10 @@ class SimulatedFleet(LocalFleet):
             seed=config.seed,
         )
 
-    async def start(self, role: Role) -> LocalWorker:
+    async def start(self, role: Role, speed: Speed | None = None) -> LocalWorker:
         layout = self.config.layout
         storage = FakeStorage(layout, self.config.engine.num_blocks or 256)
-        runner = FakeModelRunner(storage, self.clock, self.config.speed, self.config.max_model_len)
+        runner = FakeModelRunner(storage, self.clock, speed or self.config.speed, self.config.max_model_len)
         name = self.next_name(role)
         transport = InprocTransport(
             self.kv_network,

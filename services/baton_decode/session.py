@@ -14,7 +14,7 @@ one Step message.
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baton.clock import Clock
 from baton.config import TransferConfig
@@ -28,6 +28,7 @@ from baton.kv.block import num_blocks_for
 from baton.messages import (
     Cancel,
     Heartbeat,
+    Load,
     Missed,
     Received,
     Recompute,
@@ -72,7 +73,7 @@ class Session:
         self._by_handle: dict[int, Sample] = {}  # the same
         self._out: list[SessionDown] = []
         self._wake = asyncio.Event()
-        self._say(Heartbeat(self._worker.load()))  # a first sign of life: the router waits for it
+        self._say(Heartbeat(self._load()))  # a first sign of life: the router waits for it
         self._preparing: set[asyncio.Task[None]] = set()
         self._early_cancels: list[Cancel] = []  # perhaps of requests that are being prepared
         self._ending: set[asyncio.Task[None]] = set()
@@ -96,7 +97,7 @@ class Session:
             async with self._context.clock.timeout(self._context.heartbeat_s):
                 await self._wake.wait()
         except TimeoutError:
-            return [Heartbeat(self._worker.load())]
+            return [Heartbeat(self._load())]
         self._wake.clear()
         taken, self._out = self._out, []
         return taken
@@ -224,7 +225,7 @@ class Session:
             self._worker.admit()
         elif finish_reason is not None:
             self._forget(first)
-            self._say(Step((), (), (), (), ((first.handle, finish_reason),), self._worker.load()))
+            self._say(Step((), (), (), (), ((first.handle, finish_reason),), self._load()))
 
     def _ticket(self, job: Job, submit: Submit, num_cached_tokens: int) -> Ticket:
         context = self._context
@@ -308,8 +309,11 @@ class Session:
         for job, row in failed.items():  # one sample's failure is that of its request
             self._fail(job, InternalError(f"the engine failed on {row.request_id}: {row.error}"))
         going_on = [(sample, row) for sample, row in told if sample.job not in failed]
-        if going_on:
-            self._say(step_of(going_on, self._worker.load()))
         for sample, row in going_on:
             if row.finish_reason is not None:
                 self._forget(sample)
+        if going_on:
+            self._say(step_of(going_on, self._load()))
+
+    def _load(self) -> Load:
+        return replace(self._worker.load(), num_own=len(self._samples))

@@ -5,13 +5,15 @@ prefix index is a hint: a ticket, or a fetch, says what is really there.
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from baton.errors import InternalError, Unavailable
 from baton.kv.block import BlockHash, block_hashes, root_hash
 from baton.messages import Fetched, FetchOutcome, Role, Ticket, WorkerRecord
 from baton.request import Request, WorkerId
 from baton_router.fleet import Fleet
-from baton_router.placement import Candidate, Placement, place
+from baton_router.placement import Placement, place
 from baton_router.workers import Link
 
 
@@ -35,8 +37,18 @@ class Choice:
         self._fleet = fleet
         self._rng = rng
 
-    def place(self, chains: Chains) -> Placement:
-        """Raises Unavailable when nobody could serve it."""
+    @contextmanager
+    def placed(self, chains: Chains) -> Iterator[Placement]:
+        """Inside, others are placed with this request in mind. Raises Unavailable when nobody could serve it."""
+        placement = self._place(chains)
+        request_id = chains.request.request_id
+        prompts = self._fleet.link(placement.prefill or placement.decode).prompts
+        with prompts.holding(request_id, placement.num_new_tokens):
+            if placement.prefill is None:
+                prompts.sent(request_id)
+            yield placement
+
+    def _place(self, chains: Chains) -> Placement:
         request = chains.request
         links = self._fleet.ready()
         decodes = [link for link in links if Role.DECODE in link.record.roles]
@@ -49,8 +61,8 @@ class Choice:
         placement = place(
             request.num_prompt_tokens,
             request.sampling.max_tokens,
-            [_candidate(link, held) for link in prefills],
-            [_candidate(link, held) for link in decodes],
+            [link.candidate(held[link.record.worker_id]) for link in prefills],
+            [link.candidate(held[link.record.worker_id]) for link in decodes],
             self._rng,
             self._fleet.canary.is_proven,
             request.sampling.n,
@@ -87,7 +99,3 @@ class Choice:
                 matches[kind] = self._fleet.mirror.match(chains.hashes(*kind))
             held[link.record.worker_id] = matches[kind].get(link.record.worker_id, 0)
         return held
-
-
-def _candidate(link: Link, held: dict[WorkerId, int]) -> Candidate:
-    return Candidate(link.record, held.get(link.record.worker_id, 0), link.num_dispatched_tokens)

@@ -116,13 +116,13 @@ class Pipeline:
         try:
             async with self._clock.timeout(timeout_s):
                 chains = Chains(request)
-                placement = self._choice.place(chains)
-                prefill, decode = self._note_placement(request, record, placement)
-                if prefill is None:
-                    await self._attempts.alone(request, stream, decode, timeout_s)
-                else:
-                    source = placement.source
-                    await self._attempts.pair(chains, record, stream, prefill, decode, timeout_s, source)
+                with self._choice.placed(chains) as placement:
+                    prefill, decode = self._note_placement(request, record, placement)
+                    if prefill is None:
+                        await self._attempts.alone(request, stream, decode, timeout_s)
+                    else:
+                        source = placement.source
+                        await self._attempts.pair(chains, record, stream, prefill, decode, timeout_s, source)
             stream.end()
         except TimeoutError:
             self._fail(record, stream, DeadlineExceeded(f"not finished within {timeout_s:g} s"))

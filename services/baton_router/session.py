@@ -6,6 +6,7 @@ An `Attempt` is one try at serving one request on one decode worker. It has a ha
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from baton.errors import BatonError, InternalError, WorkerLost, from_code
@@ -204,6 +205,17 @@ class Session:
         attempt.recomputed()
         self._send(Recompute(attempt.handle, reason, first_token))
 
+    @property
+    def num_seqs(self) -> int:
+        """Samples of this router that have not ended, whether the worker knows of them yet or not."""
+        return len(self._attempts)
+
+    def num_unseen_tokens(self, num_seen: int) -> int:
+        """Of what the worker takes blocks for as soon as it can: where it knows of `num_seen` samples, the latest ones
+        it does not know."""
+        unseen = islice(self._attempts.items(), num_seen, None)
+        return sum(_num_first_tokens(attempt, handle) for handle, attempt in unseen)
+
     def fail_all(self, error: BatonError) -> None:
         """Their pipelines hear of it and cancel them, so a worker that is still there gives everything back."""
         for attempt in tuple(self._attempts.values()):
@@ -275,6 +287,11 @@ class Session:
                 attempt.fail(InternalError(f"the engine failed on {attempt.request.request_id}"))
             else:
                 attempt.finish(handle - attempt.handle, reason)
+
+
+def _num_first_tokens(attempt: Attempt, handle: int) -> int:
+    """Samples share their prompt."""
+    return 1 if handle != attempt.handle else attempt.request.num_prompt_tokens + 1
 
 
 def _logprobs(step: Step) -> dict[int, tuple[TokenLogprobs, ...]]:

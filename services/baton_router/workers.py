@@ -1,6 +1,7 @@
 """The workers as this router sees them: a link to each, alive or not, and a session with each decode worker.
 
     mirror says a worker joined --> Link: channel, a Status.Watch stream (life and load), a Session if it decodes
+    each report of load, which lags, and what this router sent since --> a Candidate for placement
     the watch or the session breaks or falls silent --> the link is down: every attempt on it fails with WorkerLost,
                                                         then it reconnects until the mirror says the worker left
 
@@ -29,7 +30,9 @@ from baton.messages import (
 from baton.request import WorkerId
 from baton.rpc import SESSION, STATUS_BLOCKS, STATUS_WATCH, Rpc
 from baton.transfer.rate import Rate
+from baton_router.costs import Candidate
 from baton_router.prefill_stream import PrefillStream
+from baton_router.prompt_queue import PromptQueue
 from baton_router.session import Session
 
 RECONNECT_S = 0.25
@@ -50,7 +53,7 @@ class Link:
         """`on_change` is called whenever the link may have risen or fallen."""
         self.record = record
         self.session = Session()
-        self.num_dispatched_tokens = 0  # prompt tokens sent to this prefill worker and not yet answered
+        self.prompts = PromptQueue()  # that this worker is to compute
         self.transports: dict[WorkerId, str] = {}  # that really carried KV from here, by decode worker
         self.rates: dict[WorkerId, Rate] = {}  # measured, likewise
         self._channel = rpc.connect(record.address)
@@ -73,6 +76,17 @@ class Link:
         """Empty while it is up, or was never tried."""
         return "" if self.up else next(iter(self._why_down.values()), "")
 
+    def candidate(self, num_held_blocks: int) -> Candidate:
+        """As it is now: what the worker reported of everybody else's requests, and this router's own."""
+        load, session = self.record.load, self.session
+        return Candidate(
+            self.record,
+            num_held_blocks,
+            num_seqs=max(0, load.num_running + load.num_waiting - load.num_own) + session.num_seqs,
+            num_queued_tokens=self.prompts.num_tokens(load.num_waiting_tokens),
+            num_unseen_tokens=session.num_unseen_tokens(load.num_own),
+        )
+
     @asynccontextmanager
     async def prefill_stream(self, timeout_s: float) -> AsyncGenerator[PrefillStream, None]:
         """For one `prefill`."""
@@ -84,13 +98,12 @@ class Link:
 
     async def prefill(self, stream: PrefillStream, call: PrefillCall) -> AsyncGenerator[PrefillAnswer, None]:
         """Until the push has ended. Raises WorkerLost when the worker goes before."""
-        num_tokens = call.request.num_prompt_tokens
-        self.num_dispatched_tokens += num_tokens
+        request_id = call.request.request_id
+        self.prompts.sent(request_id)
         try:
             async with aclosing(stream.ask(call)) as answers:
                 async for answer in answers:
-                    self.num_dispatched_tokens -= num_tokens
-                    num_tokens = 0
+                    self.prompts.computed(request_id)
                     if answer.transport:
                         self.transports[call.ticket.worker_id] = answer.transport
                     if isinstance(answer, Pushed):
@@ -101,7 +114,7 @@ class Link:
         except Unavailable as error:
             raise WorkerLost(f"prefill worker {self.record.worker_id} was lost: {error.message}") from error
         finally:
-            self.num_dispatched_tokens -= num_tokens
+            self.prompts.computed(request_id)
 
     @contextmanager
     def watched(self, on_lost: Callable[[BatonError], None]) -> Iterator[None]:
@@ -161,7 +174,10 @@ class Link:
         stream = self._channel.server_stream(STATUS_WATCH, StatusCall(), timeout_s=None)
         try:
             async for status in stream:
-                self.record = status.record
+                if "session" in self._parts_up:  # whose reports are in step with what it says of each request
+                    self.record = replace(status.record, load=self.record.load)
+                else:
+                    self._report(status.record)
                 yield
         finally:
             await stream.aclose()
@@ -174,10 +190,14 @@ class Link:
             async for message in stream:
                 load = self.session.dispatch(message)
                 if load is not None:
-                    self.record = replace(self.record, load=load)
+                    self._report(replace(self.record, load=load))
                 yield
         finally:
             await stream.aclose()
+
+    def _report(self, record: WorkerRecord) -> None:
+        self.record = record
+        self.prompts.reported()
 
     def _lost(self, why: str) -> None:
         error = WorkerLost(f"worker {self.record.worker_id} was lost: {why}")

@@ -252,6 +252,9 @@ class Engine:
             num_free_blocks=self._kv.num_free_blocks,
             prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
             decode_step_s=self._rates.decode_step_s,
+            decode_batch_size=self._rates.decode_batch_size,
+            decode_seq_s=self._rates.decode_seq_s,
+            num_measured_tokens=round(self._rates.num_prefill_tokens),
         )
 
     def block_events(self) -> tuple[list[BlockHash], list[BlockHash]]:
