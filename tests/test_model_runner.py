@@ -56,6 +56,37 @@ async def test_an_unwritten_position_gives_no_token(runner: TorchModelRunner) ->
     await runner.aclose()
 
 
+async def test_a_step_is_launched_while_the_one_before_runs(
+    runner: TorchModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device, where the end of a step is waited for beside the launches: the second step takes the first one's
+    token from there."""
+    prompt, first, second = (5, 6, 7), _row((5, 6, 7), table=(0,)), _row((-1,), start=3, table=(0,))
+    token = (await runner.execute(Batch((first,))))[0]
+    expected = (await runner.execute(Batch((_row((token,), start=3, table=(0,)),))))[0]
+    monkeypatch.setattr(runner, "_is_on_host", False)
+    may_end, prepared = threading.Event(), asyncio.Event()
+    collect = runner._collect
+    monkeypatch.setattr(runner, "_collect", lambda launched: may_end.wait(10) and collect(launched))
+    ahead = Batch((first._replace(token_ids=prompt),), prepare_next=prepared.set)
+    steps = [asyncio.create_task(runner.execute(ahead))]
+    await asyncio.wait_for(prepared.wait(), 10)
+    launched = asyncio.Event()
+    steps.append(asyncio.create_task(runner.execute(Batch((second,), prepare_next=launched.set))))
+    await asyncio.wait_for(launched.wait(), 10)
+    assert not any(step.done() for step in steps)
+    steps[1].cancel()
+    await asyncio.sleep(0)
+    assert not steps[1].done()  # it still writes
+    may_end.set()
+    assert await steps[0] == (token,)
+    with pytest.raises(asyncio.CancelledError):
+        await steps[1]
+    steps = [asyncio.create_task(runner.execute(Batch((row,)))) for row in (first, second)]
+    assert [await step for step in steps] == [(token,), (expected,)]
+    await runner.aclose()
+
+
 class _BlockingModel(nn.Module):
     """Stands in for transformers' model: stops in the middle of a step."""
 

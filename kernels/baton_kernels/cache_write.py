@@ -3,7 +3,7 @@
     (x[i], x[i + R/2])  -->  (x[i] cos[i] - x[i + R/2] sin[i],  x[i + R/2] cos[i] + x[i] sin[i])    i < R/2
 
     query [T, H, DK] turned in place; key [T, Hkv, DK] and value [T, Hkv, DV] to slots [T] int64 of the caches, where
-    slot = block * block_size + offset and a negative slot (padding) is not written; cos, sin [T, R/2] fp32
+    slot = block * block_size + offset and a negative slot (padding) is not written; cos, sin [T, R/2] of any dtype
 
 The dimensions from R on are not turned. Without cos and sin (R = 0) it is the write alone, for models that turn query
 and key themselves. The definition is `naive.rope_write_kv`.
@@ -29,8 +29,8 @@ def _turn(
     """The dimensions [0, 2 * HALF) of a tile of heads; src_heads and dst_heads [HEADS] are where each begins."""
     i = tl.arange(0, HALF_PAD)
     mask = valid[:, None] & (i < HALF)[None, :]
-    cos = tl.load(cos_ptr + i, mask=i < HALF, other=0.0)[None, :]
-    sin = tl.load(sin_ptr + i, mask=i < HALF, other=0.0)[None, :]
+    cos = tl.load(cos_ptr + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :]
     src, dst = src_ptr + src_heads[:, None] + i[None, :], dst_ptr + dst_heads[:, None] + i[None, :]
     x1 = tl.load(src, mask=mask, other=0.0).to(tl.float32)  # [HEADS, HALF_PAD]
     x2 = tl.load(src + HALF, mask=mask, other=0.0).to(tl.float32)

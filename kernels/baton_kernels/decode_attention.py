@@ -16,6 +16,8 @@ and replayed with other lengths and tables.
 Floor: the bytes of K and V in the context, B * context_len * Hkv * (DK + DV) * element size, over memory bandwidth.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -26,9 +28,13 @@ from baton_kernels.attend import attend, first_visible, start_softmax
 MIN_ROWS = 16  # of a matrix instruction
 MAX_SPLITS = 32
 MIN_POSITIONS_PER_SPLIT = 256
+PROGRAMS_PER_SM = (
+    3  # that fit beside each other, by their shared memory with 64 positions of 128 numbers in 16 bits
+)
+MIN_UTILIZATION = 0.8
 
 
-@triton.jit(do_not_specialize=["stride_tb"])
+@triton.jit(do_not_specialize=["stride_tb"], do_not_specialize_on_alignment=["table_ptr", "len_ptr"])
 def _split_kernel(
     out_ptr,  # [B, H, DV], or [B, H, NUM_SPLITS, DV] fp32
     lse_ptr,  # [B, H, NUM_SPLITS] fp32
@@ -149,10 +155,16 @@ def _reduce_kernel(
 
 def choose_num_splits(num_seqs: int, num_kv_heads: int, max_context_len: int, num_sms: int) -> int:
     """A power of two, so that few variants are compiled: about two programs for each multiprocessor, each with
-    at least MIN_POSITIONS_PER_SPLIT positions if all sequences were as long as they may become."""
-    wanted = 2 * num_sms / (num_seqs * num_kv_heads)
-    most = min(MAX_SPLITS, max_context_len // MIN_POSITIONS_PER_SPLIT, wanted)
-    return 1 << (int(most).bit_length() - 1) if most >= 1 else 1
+    at least MIN_POSITIONS_PER_SPLIT positions if all sequences were as long as they may become. Where there are more
+    programs than run at a time, up to four times as many if the last of them would leave most of the device idle."""
+    most = max(1, min(MAX_SPLITS, max_context_len // MIN_POSITIONS_PER_SPLIT))
+    num_programs = num_seqs * num_kv_heads
+    waves = num_programs / (PROGRAMS_PER_SM * num_sms)
+    if waves > 1:
+        options = [splits for splits in (1, 2, 4) if splits <= most]
+        full = (s for s in options if waves * s / math.ceil(waves * s) >= MIN_UTILIZATION)
+        return next(full, options[-1])
+    return 1 << (max(1, min(most, 2 * num_sms // num_programs)).bit_length() - 1)
 
 
 def paged_decode_attention(

@@ -34,7 +34,11 @@ def _find_sequence(starts_ptr, tile, num_seqs, BLOCK_Q: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["num_seqs", "stride_tb"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "stride_tb"],
+    # Parts of a step's tensors begin anywhere.
+    do_not_specialize_on_alignment=["table_ptr", "starts_ptr", "len_ptr"],
+)
 def _prefill_kernel(
     out_ptr,  # [T, H, DV]
     q_ptr,  # [T, H, DK]

@@ -148,7 +148,10 @@ def test_padding_of_a_captured_batch_gives_zeros(num_splits: int) -> None:
 
 def test_a_split_needs_enough_context_and_idle_processors() -> None:
     assert choose_num_splits(1, 8, 131072, num_sms=132) == 32
-    assert choose_num_splits(64, 8, 131072, num_sms=132) == 1
+    assert choose_num_splits(32, 8, 131072, num_sms=132) == 1
+    assert choose_num_splits(64, 8, 131072, num_sms=132) == 2  # 512 programs, 396 at a time
+    assert choose_num_splits(64, 8, 300, num_sms=132) == 1
+    assert choose_num_splits(256, 8, 131072, num_sms=132) == 1
     assert choose_num_splits(4, 8, 131072, num_sms=132) == 8
     assert choose_num_splits(1, 8, 1024, num_sms=132) == 4
     assert choose_num_splits(1, 8, 16, num_sms=132) == 1

@@ -15,6 +15,7 @@ from baton.engine import model_runner
 from baton.llm import LLM
 from baton.model.graphs import GraphedModel
 from baton.model.step import kernels_cover
+from baton.model.triton_attention import fuse_attention
 from baton.model.triton_step import TritonPlanner
 from baton.request import SamplingParams
 
@@ -98,6 +99,21 @@ def test_the_engine_says_the_same_with_the_kernels(
     expected = answers(directory, monkeypatch)
     assert answers(directory, monkeypatch, planner_for=on_kernels) == expected
     assert len({tuple(tokens) for tokens in expected}) == len(expected)
+
+
+def test_the_engine_says_the_same_with_swapped_attention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = soft_capped(tmp_path)
+    expected = answers(directory, monkeypatch)
+    swapped: list[int] = []
+    patches = {
+        "planner_for": on_kernels,
+        "fuse": lambda *_, **__: None,  # its linear layers would be packed already
+        "attention_on_kernels": lambda model, *_: swapped.append(fuse_attention(model)),
+    }
+    assert answers(directory, monkeypatch, **patches) == expected
+    assert swapped == [2]
 
 
 def test_the_engine_says_the_same_with_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

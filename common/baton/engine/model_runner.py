@@ -1,6 +1,8 @@
 """Runs batches through the model: the engine's only part that touches tensors.
 
-Everything torch does here happens in one thread of its own, so the event loop stays free while a step runs.
+Everything torch does here happens in a thread of its own, so the event loop stays free while a step runs. On a device
+that thread is done with a step as soon as it is launched, and goes on to the next one, whose tokens it takes from the
+device itself; a second thread waits for the step to end.
 """
 
 import asyncio
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from baton.config import EngineConfig, ModelConfig
 from baton.engine.batch import Batch, BatchRow
 from baton.engine.masks import MaskMaker
-from baton.engine.sampler import sample
+from baton.engine.sampler import Drawn, draw, joined
 from baton.engine.scoring import Scored, score
 from baton.engine.structured import Grammars
 from baton.errors import ConfigError, InternalError
@@ -29,9 +31,16 @@ from baton.model.attention import Chunk, StepAttention
 from baton.model.fuse import fuse
 from baton.model.layers import LayerSpec, kv_layout, paged_layers, plain_layers
 from baton.model.split import Split, WholeModel, split
-from baton.model.step import load_native, on_kernels, planner_for, with_graphs
+from baton.model.step import (
+    attention_on_kernels,
+    load_native,
+    on_kernels,
+    planner_for,
+    with_graphs,
+)
 from baton.model.trim import trimmed
 from baton.model_files import resolve_model
+from baton.request import BlockId, RequestId, SamplingParams
 from baton.tokenizer import load_tokenizer
 from baton.transfer.wire import VERSIONS
 from baton_kernels.native import Native
@@ -44,6 +53,13 @@ class _Inputs(NamedTuple):
     sampled: list[int]  # rows of the batch that get a token, in the order of their logits
     wanted: Tensor  # [len(sampled)], index into T: the positions that they are drawn from
     scored: list[Scored]
+
+
+class _Launched(NamedTuple):
+    drawn: Drawn
+    tokens: Tensor  # the same in host memory, once the step has `ended`
+    ended: torch.cuda.Event | None  # None: it has
+    order: list[int]  # where the token of each sampled row of the batch is among them
 
 
 class TorchModelRunner:
@@ -85,22 +101,22 @@ class TorchModelRunner:
             self._model = with_graphs(
                 model, self._layers, self._planner, max_num_seqs=max_num_seqs, max_model_len=max_model_len
             )
-        # On other devices a layer's KV is written some time after the call that asks for it.
-        self._tells_layers = storage.data.device.type == "cpu"
+        self._is_on_host = storage.data.device.type == "cpu"
         self._drawn: Tensor | None = None  # by the batch before; stays on the device
         self._masks = MaskMaker()
         self._thread = ThreadPoolExecutor(1, "baton-model", _start_thread, (num_threads, cpus))
+        self._waiter = ThreadPoolExecutor(1, "baton-wait")
+        if not self._is_on_host:
+            self._warm_up()
 
     @property
     def storage(self) -> KVStorage:
         return self._storage
 
     async def execute(self, batch: Batch) -> tuple[int, ...]:
-        loop = asyncio.get_running_loop()
-        on_written = _Progress(batch, loop, len(self._layers)).on_written if self._tells_layers else None
-        if on_written is None:
-            batch.prepare_next()
-        running = loop.run_in_executor(self._thread, self._run, batch, on_written)
+        running = (
+            self._run_on_host(batch) if self._is_on_host else asyncio.ensure_future(self._run_ahead(batch))
+        )
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
@@ -113,22 +129,56 @@ class TorchModelRunner:
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._thread.shutdown)
+        await asyncio.to_thread(self._waiter.shutdown)
         self._masks.close()
+
+    def _run_on_host(self, batch: Batch) -> asyncio.Future[tuple[int, ...]]:
+        loop = asyncio.get_running_loop()
+        on_written = _Progress(batch, loop, len(self._layers)).on_written
+        return loop.run_in_executor(self._thread, self._run, batch, on_written)
+
+    async def _run_ahead(self, batch: Batch) -> tuple[int, ...]:
+        """Layers are not told of: a layer's KV is written some time after the call that asks for it."""
+        loop = asyncio.get_running_loop()
+        launched = await loop.run_in_executor(self._thread, self._launch, batch, None)
+        batch.prepare_next()
+        return await loop.run_in_executor(self._waiter, self._collect, launched)
+
+    def _run(self, batch: Batch, on_written: Callable[[int], None] | None) -> tuple[int, ...]:
+        return self._collect(self._launch(batch, on_written))
 
     @memory.out_of_memory_as_baton_error()
     @torch.inference_mode()
-    def _run(self, batch: Batch, on_written: Callable[[int], None] | None) -> tuple[int, ...]:
+    def _launch(self, batch: Batch, on_written: Callable[[int], None] | None) -> _Launched:
         if batch.copies:
             self._storage.copy_blocks(batch.copies)
         with self._masks.beside(row.state for row in batch.rows if row.sample):
             inputs, self._drawn = self._prepare(batch), None
             inputs.paged.on_written = on_written
             logits = self._forward(inputs)
-        rows = [batch.rows[i] for i in inputs.sampled]
-        drawn = dict(zip(inputs.sampled, self._draw(logits, rows), strict=True))
-        in_order = tuple(drawn[i] for i, row in enumerate(batch.rows) if row.sample)
-        self._drawn = torch.tensor(in_order, dtype=torch.int64, device=self._storage.data.device)
-        return in_order
+        drawn = self._draw(logits, [batch.rows[i] for i in inputs.sampled])
+        place = {row: i for i, row in enumerate(inputs.sampled)}
+        order = [place[i] for i, row in enumerate(batch.rows) if row.sample]
+        self._drawn = drawn.tokens
+        if order != sorted(order):
+            self._drawn = self._drawn[memory.to_device(np.array(order), self._drawn.device)]
+        return _Launched(drawn, *memory.to_host(drawn.tokens), order)
+
+    @memory.out_of_memory_as_baton_error()
+    @torch.inference_mode()
+    def _collect(self, launched: _Launched) -> tuple[int, ...]:
+        if launched.ended is not None:
+            launched.ended.synchronize()
+        tokens = launched.tokens.tolist()
+        launched.drawn.note_logprobs(tokens)
+        return tuple(tokens[i] for i in launched.order)
+
+    def _warm_up(self) -> None:
+        """A token and a chunk beside each other: kernels are compiled now, and not when somebody waits for them."""
+        params = SamplingParams(temperature=1.0)
+        rows = [BatchRow(RequestId(""), 0, (0,) * n, (BlockId(0),), True, params) for n in (1, 2)]
+        self._collect(self._launch(Batch(tuple(rows)), None))
+        self._drawn = None
 
     def _forward(self, inputs: _Inputs) -> Tensor:
         """Logits of `inputs.wanted`, [len(wanted), V]; what scored prompts want to know is noted."""
@@ -156,12 +206,11 @@ class TorchModelRunner:
             logits = logits[inputs.wanted]
         return logits
 
-    def _draw(self, logits: Tensor, rows: list[BatchRow]) -> list[int]:
+    def _draw(self, logits: Tensor, rows: list[BatchRow]) -> Drawn:
         if self._draws_alone and len(rows) > 1:
-            return [self._draw(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
+            return joined([self._draw(logits[i : i + 1], [row]) for i, row in enumerate(rows)])
         positions = [row.start + len(row.token_ids) for row in rows]
-        states = [row.state for row in rows]
-        return sample(logits, [row.sampling for row in rows], positions, states) if rows else []
+        return draw(logits, [row.sampling for row in rows], positions, [row.state for row in rows])
 
     def _prepare(self, batch: Batch) -> _Inputs:
         """All tensors of the step, decoding rows first."""
@@ -178,11 +227,11 @@ class TorchModelRunner:
             positions.extend(span)
             blocks.extend([row.block_table[position // block_size] for position in span])
             ends.append(len(token_ids))
-        on_device = torch.from_numpy(np.array([token_ids, positions, blocks])).to(device)
+        on_device = memory.to_device(np.array([token_ids, positions, blocks]), device)
         chunks = [Chunk(row.start, len(row.token_ids), row.block_table) for row in rows]
         paged = self._planner.plan(chunks, on_device[1], on_device[2])
         last = [(i, end - 1) for i, row, end in zip(order, rows, ends, strict=True) if row.sample]
-        wanted = torch.tensor([index for _, index in last], dtype=torch.int64, device=device)
+        wanted = memory.to_device(np.array([index for _, index in last], dtype=np.int64), device)
         input_ids = self._known(on_device[:1]) if min(token_ids) < 0 else on_device[:1]
         return _Inputs(input_ids, on_device[1:2], paged, [i for i, _ in last], wanted, _scored(rows, ends))
 
@@ -267,6 +316,8 @@ def load_runner(
     if is_fast:
         fuse(module, native, int8=engine.quantization == "int8")
     layers = loader.learn_layers(module, config, max_model_len)
+    if not engine.bit_exact:
+        attention_on_kernels(module, layers, device)
     parts = split(module)
     if not engine.bit_exact:
         module = trimmed(module, len(layers))

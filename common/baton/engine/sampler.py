@@ -13,6 +13,7 @@ Penalties, biases, masks and grammars come first, see `penalties`. Log probabili
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,14 +37,47 @@ NOTHING_ALLOWED = -2  # the request's masks leave no token
 LEAST_LOGPROB = -9999.0
 
 
+class Drawn(NamedTuple):
+    """Where the logits are on a device, it may not have come to them yet."""
+
+    tokens: Tensor  # [R] int64, on the device; negative where there is none
+    said: Tensor  # [len(wanted), V] float32: the model's logits where log probabilities are wanted
+    wanted: list[tuple[int, SamplingState]]  # row, and whose
+
+    def note_logprobs(self, tokens: Sequence[int]) -> None:
+        """tokens: the same, known by now."""
+        _note_logprobs(self.said, [(tokens[row], state) for row, state in self.wanted])
+
+
+def joined(parts: Sequence[Drawn]) -> Drawn:
+    """Of rows that were drawn one by one."""
+    wanted = [(row, state) for row, part in enumerate(parts) for _, state in part.wanted]
+    return Drawn(torch.cat([p.tokens for p in parts]), torch.cat([p.said for p in parts]), wanted)
+
+
 def sample(
     logits: Tensor,
     params: Sequence[SamplingParams],
     positions: Sequence[int],
     states: Sequence[SamplingState | None] = (),
 ) -> list[int]:
-    """logits [R, V], which may be changed; positions: index of the new token in its sequence, prompt included.
-    `states` of those sequences that have one get the token's log probabilities where they are wanted."""
+    """The tokens of `draw`. `states` of those sequences that have one get the log probabilities of their token where
+    they are wanted."""
+    drawn = draw(logits, params, positions, states)
+    tokens: list[int] = drawn.tokens.tolist()
+    drawn.note_logprobs(tokens)
+    return tokens
+
+
+def draw(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    states: Sequence[SamplingState | None] = (),
+) -> Drawn:
+    """logits [R, V], which may be changed; positions: index of the new token in its sequence, prompt included."""
+    if not params:
+        return Drawn(torch.zeros(0, dtype=torch.int64, device=logits.device), logits[:0], [])
     stateful = [(row, state) for row, state in enumerate(states) if state is not None]
     wanted = [(row, state) for row, state in stateful if state.params.logprobs is not None]
     said = logits[[row for row, _ in wanted]].float() if wanted else logits[:0]  # before it is changed
@@ -56,16 +90,14 @@ def sample(
     if finite is not None:
         tokens = torch.where(finite | (tokens >= 0), tokens, NO_NUMBER)
         tokens = torch.where(finite & (tokens < 0), NOTHING_ALLOWED, tokens)
-    drawn = tokens.tolist()
-    _note_logprobs(said, [(drawn[row], state) for row, state in wanted])
-    return drawn
+    return Drawn(tokens, said, wanted)
 
 
 def _sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
     if logits.device.type == "cuda":
-        from baton.engine.triton_sampler import draw  # Triton is there with CUDA builds of torch only
+        from baton.engine import triton_sampler  # Triton is there with CUDA builds of torch only
 
-        return draw(logits, params, positions)
+        return triton_sampler.draw(logits, params, positions)
     best = logits.max(dim=-1)  # NaN if any is
     tokens = best.indices.masked_fill(~best.values.isfinite(), NO_NUMBER)
     drawn = [row for row, param in enumerate(params) if param.temperature > 0]

@@ -1,5 +1,4 @@
-"""The sampler's draws on a GPU, by one kernel: the same tokens as `sampler` draws. Not run on a GPU yet; its test runs
-it in Triton's interpreter."""
+"""The sampler's draws on a GPU, by one kernel: the same tokens as `sampler` draws."""
 
 import math
 from collections.abc import Sequence

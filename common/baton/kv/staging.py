@@ -3,11 +3,14 @@
     out   load    device blocks are gathered on the device, then copied to the host in one go
     in    load, what came is written into the copy, store
 
-Loading before storing keeps what a piece does not carry: other tokens of the same block, other heads. Copies are on the
-current stream, behind whatever computes the KV there, and the caller waits for them.
+Loading before storing keeps what a piece does not carry: other tokens of the same block, other heads. Copies have a
+stream of their own, so the caller waits for them alone and not for the step that runs: KV that leaves was written by a
+step that has ended, and KV that comes is in no batch yet.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -20,16 +23,23 @@ class PinnedCopy(BlockStorage):
     """Some blocks of a pool, in some of its layers. Implements BlockStorage for these alone."""
 
     def __init__(
-        self, pool: KVStorage, block_ids: Sequence[BlockId], layer_start: int, layer_end: int
+        self,
+        pool: KVStorage,
+        block_ids: Sequence[BlockId],
+        layer_start: int,
+        layer_end: int,
+        copies: "_Copies",
     ) -> None:
         self._pool = pool
+        self._copies = copies
         self._row = {block_id: row for row, block_id in enumerate(dict.fromkeys(block_ids))}
         self._start, end = (pool.layout.layer_offsets[layer] for layer in (layer_start, layer_end))
         self._columns = pool.data[:, self._start : end]
-        self._ids = torch.tensor(list(self._row), dtype=torch.int64, device=pool.data.device)
         shape, pinned = (len(self._row), end - self._start), pool.data.device.type == "cuda"
         self._rows = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-        self._rows.copy_(self._columns.index_select(0, self._ids))
+        with copies.done():
+            self._ids = torch.tensor(list(self._row), dtype=torch.int64, device=pool.data.device)
+            self._rows.copy_(self._columns.index_select(0, self._ids), non_blocking=True)
         self._bytes = self._rows.view(-1).numpy().data
 
     @property
@@ -46,7 +56,26 @@ class PinnedCopy(BlockStorage):
         return self._bytes[start + offsets[layer_start] : start + offsets[layer_end]]
 
     def store(self) -> None:
-        self._columns.index_copy_(0, self._ids, self._rows.to(self._columns.device))
+        with self._copies.done():
+            rows = self._rows.to(self._columns.device, non_blocking=True)
+            self._columns.index_copy_(0, self._ids, rows)
+
+
+class _Copies:
+    """The stream of the copies."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def done(self) -> Iterator[None]:
+        """What is asked for inside has been done when it is left."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
 
 
 class StagedStorage(DeviceStorage):
@@ -54,13 +83,14 @@ class StagedStorage(DeviceStorage):
 
     def __init__(self, pool: KVStorage) -> None:
         self._pool = pool
+        self._copies = _Copies(pool.data.device)
 
     @property
     def layout(self) -> KVLayout:
         return self._pool.layout
 
     def load(self, block_ids: Sequence[BlockId], layer_start: int, layer_end: int) -> PinnedCopy:
-        return PinnedCopy(self._pool, block_ids, layer_start, layer_end)
+        return PinnedCopy(self._pool, block_ids, layer_start, layer_end, self._copies)
 
 
 def for_transfer(pool: KVStorage) -> KVStorage | StagedStorage:

@@ -57,7 +57,8 @@ class KVStorage:
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """No block is both a source and a destination."""
-        sources, destinations = torch.tensor(copies, device=self.data.device).T.contiguous()
+        pairs = torch.tensor(copies).T.contiguous()
+        sources, destinations = pairs.to(self.data.device, non_blocking=True)
         if self.data.device.type == "cuda":
             from baton_kernels.copy_blocks import (
                 copy_blocks,

@@ -28,6 +28,8 @@ class Options(NamedTuple):
     softcap: float | None
     sinks: Tensor | None  # [H]
     others: dict[str, Any]
+    # cos, sin [T, R/2]: query and key are still to be turned, see baton_kernels.naive.rope
+    rope: tuple[Tensor, Tensor] | None = None
 
 
 class Attend(Protocol):
@@ -95,6 +97,15 @@ class Relay:
         self.step = kwargs["baton_batch"]
 
 
+def step_of(module: nn.Module, handed_down: Attend | None) -> Attend:
+    """Raises ConfigError."""
+    relay = getattr(module, "baton_relay", None)
+    step = relay.step if handed_down is None and isinstance(relay, Relay) else handed_down
+    if step is None:
+        raise ConfigError(f"{type(module).__name__} does not hand arguments on to the attention")
+    return step
+
+
 def register() -> None:
     from transformers.modeling_utils import AttentionInterface
 
@@ -116,16 +127,13 @@ def paged_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """[1, T, H, Dv]."""
-    if baton_batch is None:
-        baton_batch = getattr(getattr(module, "baton_relay", None), "step", None)
-    if baton_batch is None:
-        raise ConfigError(f"{type(module).__name__} does not hand arguments on to the attention")
+    step = step_of(module, baton_batch)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = Options(scale, sliding_window, softcap, s_aux, {"attention_mask": attention_mask, **others})
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     latent = latent_of(module)
     if latent is None:
-        out = baton_batch.attend(module, query, key, value, options)
+        out = step.attend(module, query, key, value, options)
     else:
-        out = latent.expand(baton_batch.attend(module, latent.absorb(query), key, value, options))
+        out = latent.expand(step.attend(module, latent.absorb(query), key, value, options))
     return out[None].to(query.dtype), None

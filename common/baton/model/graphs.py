@@ -3,8 +3,6 @@
 A graph repeats the launches it saw on the addresses it saw. So everything that changes between steps (token ids,
 positions, slots, block tables, lengths) is copied into buffers that stay where they are, and the kernels read lengths
 from them only, never from the host. Padding is sequences of length 0 whose KV goes nowhere.
-
-Not run on a GPU yet; its tests replay by running again (tests/kernels/test_engine_on_kernels.py).
 """
 
 import logging

@@ -3,8 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from baton.errors import OutOfMemory
 from baton.kv.pool_size import Memory
@@ -33,6 +36,23 @@ def out_of_memory_as_baton_error() -> Iterator[None]:
         if any(message in str(error) for message in _CPU_MESSAGES):
             raise OutOfMemory(str(error)) from error
         raise
+
+
+def to_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """The host does not wait for what the device does: a copy of pageable memory has left it when the call returns."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy in host memory, which is there once the event has happened; what is in host memory is there."""
+    if tensor.device.type == "cpu":
+        return tensor, None
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    # Whoever waits for it sleeps.
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return copy, event
 
 
 def measured(device: torch.device) -> Memory:

@@ -7,6 +7,7 @@ from torch import nn
 
 from baton.model.attention import PagedLayer, Planner
 from baton.model.exact import ExactPlanner
+from baton.model.layers import LayerSpec
 from baton.model.naive_step import NaivePlanner
 from baton.model.native_step import NativePlanner, native_covers
 from baton_kernels import native as native_ops
@@ -70,6 +71,18 @@ def on_kernels(model: nn.Module, device: torch.device) -> None:
         fuse(model)
 
 
+def attention_on_kernels(model: nn.Module, layers: tuple[LayerSpec, ...], device: torch.device) -> None:
+    """The same for its attention, where `planner_for` will choose the kernels. Once the layers are learned: what they
+    ask for is fixed by it."""
+    if device.type == "cuda" and all(_fits(layer.shape.k_dim, layer.shape.v_dim) for layer in layers):
+        from baton.model.triton_attention import fuse_attention
+
+        fuse_attention(model)
+
+
 def kernels_cover(layer: PagedLayer) -> bool:
-    k_dim, v_dim = layer.k_cache.shape[-1], layer.v_cache.shape[-1]
+    return _fits(layer.k_cache.shape[-1], layer.v_cache.shape[-1])
+
+
+def _fits(k_dim: int, v_dim: int) -> bool:
     return 0 < v_dim <= MAX_KERNEL_DIM and k_dim <= MAX_KERNEL_DIM

@@ -4,7 +4,7 @@
     gate_proj and up_proj, SiLU of the one times the other      one product, one launch
 
 A module is recognised by what it holds. On samples its successor must give the same output, or the module stays: so
-nothing is known of any model here. Not run on a GPU yet; its tests run it in Triton's interpreter.
+nothing is known of any model here.
 """
 
 import logging
@@ -45,7 +45,7 @@ class FusedGatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate_up = F.linear(x.reshape(-1, x.shape[-1]), self.gate_up)
         out: Tensor = self.down_proj(silu_mul(gate_up))
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""A step's attention by the Triton kernels. Not run on a GPU yet; its tests run it in Triton's interpreter."""
+"""A step's attention by the Triton kernels."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from baton.model.attention import Chunk, Options, PagedLayer
+from baton.model.memory import to_device
 from baton.model.naive_step import padded_tables
 from baton_kernels.cache_write import rope_write_kv
 from baton_kernels.decode_attention import choose_num_splits, paged_decode_attention
+from baton_kernels.naive import rope
 from baton_kernels.prefill_attention import paged_prefill_attention
 
 
@@ -37,9 +39,12 @@ class TritonStep:
         dtype, n = k_cache.dtype, self.num_decodes
         query = query.to(dtype)
         if writes:
-            rope_write_kv(query, key.to(dtype), value.to(dtype), k_cache, v_cache, self.slots)
+            cos, sin = options.rope or (None, None)
+            rope_write_kv(query, key.to(dtype), value.to(dtype), k_cache, v_cache, self.slots, cos, sin)
             if self.on_written is not None:
                 self.on_written(kv)
+        elif options.rope is not None:
+            query = rope(query, *options.rope)
         kinds: dict[str, Any] = {"softcap": options.softcap, "sinks": options.sinks}
         if window is not None:
             kinds |= {"window": window.size, "chunked": window.chunked}
@@ -83,9 +88,9 @@ class TritonPlanner:
         return TritonStep(
             layers=self._layers,
             slots=blocks * self._block_size + positions % self._block_size,
-            block_tables=torch.from_numpy(padded_tables(chunks, np.int32)).to(device),
-            context_lens=torch.tensor(lens, dtype=torch.int32, device=device),
-            query_starts=torch.from_numpy(starts.astype(np.int32)).to(device),
+            block_tables=to_device(padded_tables(chunks, np.int32), device),
+            context_lens=to_device(np.array(lens, dtype=np.int32), device),
+            query_starts=to_device(starts.astype(np.int32), device),
             num_decodes=num_decodes,
             num_sms=self.num_sms,
         )
