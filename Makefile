@@ -18,7 +18,7 @@ SOURCES := common/baton services loadtest kernels
 PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints-cpu.txt
 
-.PHONY: install run test test-containers lint docs audit proto bench bench-engine bench-kernels bench-transfer bench-overlap kernel-gate survey \
+.PHONY: install run test test-containers lint docs audit proto bench bench-engine bench-kernels bench-gpu bench-transfer bench-overlap kernel-gate survey \
 	demo-model clean
 
 install: $(INSTALLED)
@@ -83,6 +83,10 @@ kernel-gate: $(INSTALLED)
 # Both write their tables into benchmarks/results; for a machine that does nothing else.
 bench-transfer: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_transfer.py --write $(ARGS)
+
+# As bench-kernels, but it needs Baton's packages too.
+bench-gpu:
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/bench_gpu.py $(ARGS)
 
 bench-overlap: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_overlap.py --write $(ARGS)

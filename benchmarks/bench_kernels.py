@@ -131,7 +131,7 @@ def page(rows: Sequence[Row], machine: Machine, today: datetime.date) -> str:
             "make bench-kernels",
             "```",
             "",
-            f"{machine}. {', '.join(_versions())}. {today}.",
+            f"{machine}. {', '.join(versions())}. {today}.",
             "",
             "Floor: bytes over the rate of reads or copies, or operations over that of products, whichever is longer.",
             "Timed in CUDA graphs, median of replays, caches warm. `diff`: the largest difference between a peer's",
@@ -143,7 +143,7 @@ def page(rows: Sequence[Row], machine: Machine, today: datetime.date) -> str:
     )
 
 
-def _versions() -> list[str]:
+def versions() -> list[str]:
     found = [f"Python {platform.python_version()}"]
     for name in PACKAGES:
         try:
@@ -165,7 +165,7 @@ def main() -> None:
         return
     sys.path[:0] = [str(ROOT / "common"), str(ROOT / "kernels")]  # a checkout is enough
     machine = measure_machine()
-    print(machine, *_versions(), sep="\n")
+    print(machine, *versions(), sep="\n")
     rows = []
     for case in all_cases(Shapes()):
         if wanted in case.name:

@@ -71,9 +71,9 @@ def wait_for_pair(client: httpx.Client, url: str, transport: str = "shm") -> Non
         time.sleep(0.2)
 
 
-def ask(client: httpx.Client, url: str, prompt: list[int]) -> tuple[float, float]:
+def ask(client: httpx.Client, url: str, prompt: list[int], model: str = "demo") -> tuple[float, float]:
     """Seconds to the first and to the second token, by the router's own record: some tokens make no text to stream."""
-    body = {"model": "demo", "prompt": prompt, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
+    body = {"model": model, "prompt": prompt, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
     answer = client.post(f"{url}/v1/completions", json=body)
     answer.raise_for_status()
     record = client.get(f"{url}/debug/requests/{answer.json()['id']}").json()
