@@ -120,7 +120,8 @@ async def test_a_cancelled_step_is_waited_for() -> None:
 
 async def test_a_model_that_does_not_call_our_attention_is_noticed(tmp_path: Path) -> None:
     directory = make_model("gqa", tmp_path)
-    runner = load_runner(ModelConfig(str(directory)), EngineConfig(num_blocks=4)).runner
+    # With native ops the modules that call it are ours.
+    runner = load_runner(ModelConfig(str(directory)), EngineConfig(num_blocks=4, native_ops=False)).runner
     runner._model.config._attn_implementation = "sdpa"  # type: ignore[union-attr]
     with pytest.raises(InternalError, match="0 of 2 layers"):
         await runner.execute(Batch((_row((1, 2)),)))

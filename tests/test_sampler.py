@@ -175,6 +175,19 @@ def test_a_row_without_numbers_is_marked_and_the_others_are_drawn() -> None:
     assert tokens[0] == logits[0].argmax().item() and tokens[3] >= 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_first_of_equal_ones_is_best_in_any_vocabulary(dtype: torch.dtype) -> None:
+    """In bfloat16 many of them are equal."""
+    for num_tokens in (100, 256, 2048, 2049):
+        logits = _logits(50, num_tokens).to(dtype)
+        logits[7, 90:99] = torch.nan
+        logits[8] = -torch.inf
+        logits[8, 40:] = -torch.finfo(dtype).max
+        best = [max(range(num_tokens), key=row.__getitem__) for row in logits.tolist()]
+        best[7] = -1
+        assert sample(logits, [GREEDY] * 50, [1] * 50) == best
+
+
 def test_a_tiny_temperature_is_greedy() -> None:
     logits = _logits(8, 300)
     params = [SamplingParams(temperature=1e-9, seed=s) for s in range(8)]

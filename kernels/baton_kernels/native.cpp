@@ -280,6 +280,36 @@ void rms_norm(const char* x, int64_t x_stride, int64_t rows, int64_t dim, const 
     }
 }
 
+// --- rotation -----------------------------------------------------------------------------------------------
+
+// The first 2 * half elements of each head, in place: x * cos + (-second half, first half) * sin, rounded as often as
+// the three operations one after another.
+template <bool BF16>
+void rotate(char* x, int64_t token_stride, int64_t head_stride, int64_t tokens, int64_t heads, int64_t half,
+            const char* cos, const char* sin) {
+    constexpr int64_t size = BF16 ? 2 : 4;
+    auto product = [](__m512 a, __m512 b) {
+        const __m512 exact = _mm512_mul_ps(a, b);
+        return BF16 ? round_to_bf16(exact) : exact;
+    };
+#pragma omp parallel for schedule(static) if (tokens * heads * half > 65536)
+    for (int64_t t = 0; t < tokens; t++) {
+        const char *cosines = cos + 2 * half * t * size, *sines = sin + 2 * half * t * size;
+        for (int64_t h = 0; h < heads; h++) {
+            char* head = x + (t * token_stride + h * head_stride) * size;
+            for (int64_t d = 0; d < half; d += 16) {
+                const __mmask16 valid = first_lanes(half - d);
+                auto at = [&](const char* row, int64_t first) { return load_as_float<BF16>(row, first + d, valid); };
+                const __m512 low = at(head, 0), high = at(head, half);
+                const __m512 a = product(low, at(cosines, 0)), b = product(high, at(sines, 0));
+                const __m512 c = product(high, at(cosines, half)), e = product(low, at(sines, half));
+                store_float<BF16>(head, d, _mm512_sub_ps(a, b), valid);
+                store_float<BF16>(head, half + d, _mm512_add_ps(c, e), valid);
+            }
+        }
+    }
+}
+
 // --- attention ----------------------------------------------------------------------------------------------
 
 struct Cache {
@@ -525,6 +555,11 @@ void baton_linear(int bf16, const Linear* a) {
 void baton_rms_norm(int bf16, const char* x, int64_t x_stride, int64_t rows, int64_t dim, const char* weight, float eps,
                     int shifted, char* out) {
     (bf16 ? rms_norm<true> : rms_norm<false>)(x, x_stride, rows, dim, weight, eps, shifted, out);
+}
+
+void baton_rotate(int bf16, char* x, int64_t token_stride, int64_t head_stride, int64_t tokens, int64_t heads,
+                  int64_t half, const char* cos, const char* sin) {
+    (bf16 ? rotate<true> : rotate<false>)(x, token_stride, head_stride, tokens, heads, half, cos, sin);
 }
 
 // rows [tokens, heads, bytes] of the given strides in bytes, each into the cache at its slot.

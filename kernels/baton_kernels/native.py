@@ -123,7 +123,11 @@ class Native:
             _pointer,
         )
         self._attention.argtypes = (_int, ctypes.POINTER(_Attention))
-        for function in (self._pack, self._linear, self._write, self._attention, self._rms_norm):
+        self._rotate = library.baton_rotate
+        self._rotate.argtypes = (_int, _pointer, *(_index,) * 5, _pointer, _pointer)
+        for function in (
+            self._pack, self._linear, self._write, self._attention, self._rms_norm, self._rotate,
+        ):  # fmt: skip
             function.restype = None
 
     def supports(self, dtype: torch.dtype) -> bool:
@@ -195,6 +199,19 @@ class Native:
             out.data_ptr(),
         )
         return out
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """x [T, H, D] in place, with cos and sin [T, R] of its dtype: of each head's first R elements the halves a, b
+        become a cos - b sin, b cos + a sin. To the last bit what torch makes of it."""
+        self._rotate(
+            x.dtype is torch.bfloat16,
+            x.data_ptr(),
+            *x.stride()[:2],
+            *x.shape[:2],
+            cos.shape[-1] // 2,
+            _dense(cos).data_ptr(),
+            _dense(sin).data_ptr(),
+        )
 
     def write_kv(self, rows: Tensor, cache: Tensor, blocks: Tensor, offsets: Tensor) -> None:
         """rows [T, Hkv, D] into the cache; blocks and offsets [T] int64, see naive.write_kv."""

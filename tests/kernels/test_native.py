@@ -110,6 +110,24 @@ def test_rms_norm(ops: Native, dtype: torch.dtype, shifted: bool) -> None:
     assert torch.equal(ops.rms_norm(x[:, 1], weight, 1e-6, shifted=shifted), out[:, 1])
 
 
+@DTYPES
+@pytest.mark.parametrize("num_rotated", [64, 40])
+def test_rotate(ops: Native, dtype: torch.dtype, num_rotated: int) -> None:
+    _need(ops, dtype)
+    torch.manual_seed(0)
+    states = torch.randn(7, 9, 64, dtype=dtype)
+    before, x = states.clone(), states[:, 2:7]
+    angles = torch.rand(7, num_rotated) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    rotated, rest = x.split((num_rotated, 64 - num_rotated), -1)
+    turned = torch.cat((-rotated[..., num_rotated // 2 :], rotated[..., : num_rotated // 2]), -1)
+    expected = torch.cat((rotated * cos[:, None] + turned * sin[:, None], rest), -1)
+    ops.rotate(x, cos, sin)
+    assert torch.equal(x, expected)
+    others = [0, 1, 7, 8]
+    assert torch.equal(states[:, others], before[:, others])
+
+
 class Shape(NamedTuple):
     num_kv_heads: int
     group: int

@@ -1,7 +1,8 @@
 """Swaps modules of transformers' models, in place and at load, for ones that do the same in fewer and faster steps.
 
     a linear layer                          a packed weight
-    q_proj, k_proj, v_proj of attention     one packed weight
+    attention with rotated heads            see fuse_attention
+    q_proj, k_proj, v_proj of any other     one packed weight
     gate_proj, up_proj and SiLU between     one packed weight, and the product in the same step
     RMSNorm                                 one call
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from baton.model.fuse_attention import AttentionSwap
 from baton.model.mla import latent_of
 from baton.model.packed import (
     NativePacker,
@@ -45,7 +47,10 @@ def fuse(model: nn.Module, native: Native | None, *, int8: bool = False) -> None
     if packer is None:
         _log.info("linear layers by plain torch: neither native ops nor oneDNN work here")
         return
-    swapped: Counter[str] = Counter(qkv=sum(_merge_qkv(packer, module) for module in list(model.modules())))
+    swapped: Counter[str] = Counter()
+    if isinstance(packer, NativePacker):
+        swapped["attention"] = _swap(model, AttentionSwap(packer, model))
+    swapped["qkv"] = sum(_merge_qkv(packer, module) for module in list(model.modules()))
     if isinstance(packer, NativePacker):
         swapped["gated"] = _swap(model, lambda module: _gated(packer, module))
         swapped["norm"] = _swap(model, lambda module: _norm(packer.native, module))

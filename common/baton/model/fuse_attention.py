@@ -1,0 +1,158 @@
+"""Swaps attention modules whose queries and keys are rotated for ones that compute them where they lie.
+
+    q_proj, k_proj, v_proj      one packed weight
+    norms of q and k            stay as they are, where there are any
+    rotation                    one call each for q and k, in the product's own memory
+    the attention               called at once, without transpositions there and back
+
+A module is recognised by what it holds. Its successor is tried on the arguments that the module gets in a step of the
+whole model: it must hand the same on to the attention and make the same of the answer, or the module stays.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from baton.model.attention import Attend, Echo, Options
+from baton.model.packed import NativePacker, close
+
+_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_NORMS = {"q_norm", "k_norm"}
+_SAMPLE = ([0, 1, 0, 1], [0, 1, 5, 11])  # tokens and their positions
+
+Call = dict[str, Any]
+
+
+class RotatedAttention(nn.Module):
+    """In place of the model's module, for steps of ours alone."""
+
+    def __init__(self, packer: NativePacker, old: Any, head_dim: int, options: Options) -> None:
+        super().__init__()
+        self.layer_idx = old.layer_idx
+        self.is_causal = getattr(old, "is_causal", True)
+        self.o_proj = old.o_proj
+        self.q_norm, self.k_norm = getattr(old, "q_norm", None), getattr(old, "k_norm", None)
+        linears = (old.q_proj, old.k_proj, old.v_proj)
+        bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+        self._qkv = packer.pack(torch.cat([linear.weight for linear in linears]), bias)
+        self._num_heads = [linear.out_features // head_dim for linear in linears]
+        self._native = packer.native
+        self._options = options
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [1, T, hidden]
+        position_embeddings: tuple[Tensor, Tensor],  # [1, T, R] each
+        *,
+        baton_batch: Attend,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        states = self._qkv(hidden_states[0])  # [T, all heads]
+        heads = states.view(len(states), sum(self._num_heads), -1)
+        query, key, value = heads.split(self._num_heads, 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        cos, sin = position_embeddings
+        self._native.rotate(query, cos[0], sin[0])
+        self._native.rotate(key, cos[0], sin[0])
+        out = baton_batch.attend(self, query, key, value, self._options)
+        return self.o_proj(out.to(states.dtype).flatten(1)[None]), None
+
+
+class AttentionSwap:
+    """Where the successors are made. Runs the model once, as it is."""
+
+    def __init__(self, packer: NativePacker, model: nn.Module) -> None:
+        self._packer = packer
+        self._calls = _calls(model)  # whoever is swapped is not held here
+
+    def __call__(self, module: nn.Module) -> nn.Module | None:
+        call = self._calls.pop(module, None)
+        if call is None or not _is_rotated(call, module.q_proj.weight):  # type: ignore[union-attr,arg-type]
+            return None
+        return _successor(self._packer, module, call)
+
+
+class _Tape(Echo):
+    """Answers with what was asked."""
+
+    def __init__(self) -> None:
+        self.heads: tuple[Tensor, ...] = ()  # q, k, v
+        self.options: Options | None = None
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Options
+    ) -> Tensor:
+        self.heads, self.options = (query, key, value), options
+        return query
+
+
+def _successor(packer: NativePacker, module: Any, call: Call) -> nn.Module | None:
+    told, heard = _Tape(), _Tape()
+    expected = module(**call | {"baton_batch": told})
+    linears = (module.q_proj, module.k_proj, module.v_proj)
+    if told.options is None or len(expected) != 2:
+        return None
+    head_dim = told.heads[0].shape[-1]
+    if any(
+        linear.out_features != heads.shape[1] * heads.shape[2] or heads.shape[2] != head_dim
+        for linear, heads in zip(linears, told.heads, strict=True)
+    ):
+        return None
+    new = RotatedAttention(packer, module, head_dim, told.options)
+    try:
+        out, _ = new(**call | {"baton_batch": heard})
+    except RuntimeError:  # norms of something else than a head
+        return None
+    tolerance = packer.tolerance(module.q_proj.weight)
+    pairs = [(out, expected[0]), *zip(heard.heads, told.heads, strict=True)]
+    return new if all(close(*pair, tolerance) for pair in pairs) else None
+
+
+def _calls(model: nn.Module) -> dict[nn.Module, Call]:
+    """What each module that looks right is called with; none where the model cannot be run like that."""
+    calls: dict[nn.Module, Call] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> None:
+        if not args:
+            calls[module] = kwargs
+
+    hooks = [
+        module.register_forward_pre_hook(note, with_kwargs=True)
+        for module in model.modules()
+        if _looks_right(module)
+    ]
+    token_ids, positions = (torch.tensor([row]) for row in _SAMPLE)
+    try:
+        if hooks:
+            model(input_ids=token_ids, position_ids=positions, use_cache=False, baton_batch=Echo())
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return {}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _looks_right(module: nn.Module) -> bool:
+    children = dict(module.named_children())
+    if children.keys() not in (_PARTS, _PARTS | _NORMS) or not hasattr(module, "layer_idx"):
+        return False
+    linears = [children[name] for name in _PARTS]
+    if not all(type(linear) is nn.Linear for linear in linears):
+        return False
+    return len({children[name].bias is None for name in _PARTS - {"o_proj"}}) == 1
+
+
+def _is_rotated(call: Call, weight: Tensor) -> bool:
+    """By two tensors [1, T, R]."""
+    angles = call.get("position_embeddings")
+    return (
+        "baton_batch" in call
+        and isinstance(angles, tuple)
+        and len(angles) == 2
+        and all(
+            isinstance(each, Tensor) and each.dim() == 3 and each.dtype == weight.dtype for each in angles
+        )
+    )
