@@ -32,6 +32,7 @@ class Stack:
     logging: LogConfig
     children: dict[str, Child] = field(default_factory=dict)
     addresses: dict[str, str] = field(default_factory=dict)  # of workers: gRPC; of the router: HTTP
+    metrics_ports: dict[str, int] = field(default_factory=dict)  # of workers
     router_grpc: str = ""
     _rpc: GrpcRpc = field(default_factory=lambda: GrpcRpc(SystemClock()))
 
@@ -62,6 +63,8 @@ class Stack:
         for name, child in started:
             info = await self.supervisor.ready(child, START_S)
             self.children[name], self.addresses[name] = child, info["address"]
+            if "metrics_port" in info:
+                self.metrics_ports[name] = info["metrics_port"]
             self.router_grpc = info.get("grpc_address", self.router_grpc)
 
     async def signal(self, name: str, number: signal.Signals) -> None:
@@ -81,10 +84,25 @@ class Stack:
         finally:
             await channel.aclose()
 
+    async def metric(self, name: str, line: str) -> float:
+        """Of a worker; `line` as it is in its /metrics."""
+        async with httpx.AsyncClient() as client:
+            said = (await client.get(f"http://127.0.0.1:{self.metrics_ports[name]}/metrics")).text
+        [value] = [each.removeprefix(line) for each in said.splitlines() if each.startswith(f"{line} ")]
+        return float(value)
+
     async def until_ready(self, num_workers: int) -> None:
         """Until the router is linked to that many live workers."""
         async with httpx.AsyncClient(base_url=self.base_url) as client:
             await until(lambda: self._num_up(client), num_workers, "workers linked to the router")
+
+    async def until_proven(self, num_pairs: int) -> None:
+        """Until so many pairs may carry requests."""
+        async with httpx.AsyncClient(base_url=self.base_url) as client:
+            await until(lambda: self._num_pairs(client), num_pairs, "proven pairs")
+
+    async def _num_pairs(self, client: httpx.AsyncClient) -> int:
+        return len((await client.get("/health")).json()["pairs"])
 
     async def _num_up(self, client: httpx.AsyncClient) -> int:
         with contextlib.suppress(httpx.HTTPError):

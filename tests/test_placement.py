@@ -14,7 +14,7 @@ from baton_router.placement import FETCH_S, FETCH_SLACK_S, Placement, place
 CanFetch = Callable[[WorkerRecord, WorkerRecord, WorkerRecord], bool]
 LOAD = Load(
     num_free_blocks=1000, prefill_tokens_per_s=1000, decode_step_s=0.02, transfer_bytes_per_s=1e9,
-    decode_batch_size=1.0, decode_seq_s=0.002, num_measured_tokens=1_000_000,
+    decode_batch_size=1.0, decode_seq_s=0.002, num_measured_steps=1_000_000, num_measured_tokens=1_000_000,
 )  # fmt: skip
 SEEN = ("num_held_blocks", "num_seqs", "num_queued_tokens", "num_unseen_tokens")
 
@@ -97,6 +97,13 @@ def test_a_worker_takes_its_share_by_its_speed_and_one_that_is_too_slow_is_spare
     too_slow = decode("slow", decode_step_s=0.06, decode_seq_s=0.0002)
     busy = decode("fast", decode_seq_s=0.0002, num_seqs=20)
     assert choice([prefill("p")], [too_slow, busy]).decode == "fast"
+
+
+def test_equal_workers_are_chosen_by_chance_whoever_measured_less() -> None:
+    """So that several routers do not all send their first request to the same one."""
+    idle = [decode("d1", decode_step_s=0.02), decode("d2", decode_step_s=0.023)]
+    placed = [place(640, 64, [prefill("p")], idle, random.Random(seed), proven) for seed in range(40)]
+    assert {each.decode for each in placed if each} == {"d1", "d2"}
 
 
 def test_requests_that_the_report_does_not_show_will_take_blocks() -> None:

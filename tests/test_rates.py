@@ -51,6 +51,14 @@ def test_workers_measured_at_different_batches_have_the_same_line() -> None:
     assert step_lines([nothing]) == [StepLine(FALLBACK_STEP_S, FALLBACK_STEP_S * FALLBACK_SEQ_SHARE)]
 
 
+def test_a_slow_start_is_hardly_believed_and_many_slow_steps_are() -> None:
+    busy = [decode(f"d{i}", num_measured_steps=100) for i in (1, 2)]
+    for num_steps, ratio in ((6, 1.6), (100, 2.7)):
+        slow = decode("d3", decode_step_s=0.06, decode_seq_s=0.0, num_measured_steps=num_steps)
+        one, _, line = step_lines([*busy, slow])
+        assert line.one_s / one.one_s == pytest.approx(ratio, abs=0.1)
+
+
 def test_a_rate_that_was_measured_on_a_canary_alone_is_hardly_believed() -> None:
     """One that had a slow start is not left alone for ever because of it."""
     busy = [prefill(f"p{i}", prefill_tokens_per_s=20_000, num_measured_tokens=4000) for i in (1, 2)]

@@ -1,6 +1,8 @@
 """A real fleet as its users meet it: the OpenAI client over HTTP, generated stubs over gRPC, curl for the rest."""
 
+import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator
 
 import grpc
@@ -124,6 +126,22 @@ async def test_health_metrics_and_the_record_of_a_request(stack: Stack) -> None:
         metrics = (await client.get("/metrics")).text
         assert 'baton_router_transport_info{transport="tcp"} 1.0' in metrics
         assert "baton_router_time_to_first_token_seconds_bucket" in metrics
+
+
+async def test_what_is_asked_in_the_same_instant_is_shared_by_all_workers(stack: Stack) -> None:
+    await stack.until_proven(num_pairs=4)
+    async with httpx.AsyncClient(base_url=stack.base_url, timeout=DEADLINE_S) as client:
+
+        async def placed(number: int) -> tuple[str, str]:
+            prompt = [random.Random(number).randrange(10, 500) for _ in range(200)]
+            body = {"model": "test", "prompt": prompt, "max_tokens": 60, "ignore_eos": True}
+            answer = await client.post("/v1/completions", json=body)
+            record = (await client.get(f"/debug/requests/{answer.headers['x-request-id']}")).json()
+            return record["prefill_worker"], record["decode_worker"]
+
+        for side in zip(*await asyncio.gather(*map(placed, range(12))), strict=True):
+            share = Counter(side)
+            assert len(share) == 2 and min(share.values()) >= 2, share  # by what they measured of themselves
 
 
 async def test_generated_stubs_reach_router_and_worker(stack: Stack) -> None:

@@ -2,13 +2,26 @@
 tokens are those of a worker that computed everything."""
 
 import asyncio
+import contextlib
 import random
+import signal
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import pytest
-from stack import Stack, running_stack
+from stack import Stack, running_stack, until
+
+from baton.clock import SystemClock
+from baton.config import RouterConfig
+from baton.messages import FetchOutcome, PrefixSource
+from baton.request import Request, RequestId, SamplingParams, WorkerId
+from baton.rpc import GrpcRpc
+from baton_router.fleet import Fleet
+from baton_router.mirror import PrefixMirror
+from baton_router.pipeline import Pipeline
+from baton_router.placement import Placement
 
 NUM_PROMPT, NUM_ANSWER = 400, 600  # an answer that takes far longer to compute than to fetch
 INDEXED_S = 1.5  # until the router has heard of the blocks
@@ -72,23 +85,99 @@ async def test_the_second_turn_of_a_chat_is_fetched_and_right(transport: str) ->
         await stack.until_nothing_is_used("prefill-0", "decode-0")
 
 
-async def test_an_owner_that_is_killed_while_prefixes_are_fetched_costs_no_wrong_token() -> None:
-    async with running_stack(num_decode=2) as stack:
-        chats = await asyncio.gather(*(first_turn(stack, f"chat {number}") for number in range(8)))
+# --- an owner that goes while it is asked ---
+
+
+@contextlib.asynccontextmanager
+async def router_here(stack: Stack) -> AsyncIterator[tuple[Fleet, Pipeline]]:
+    """A second router, in this process: where its requests go can be said from outside."""
+    clock = SystemClock()
+    addresses = tuple(address for name, address in stack.addresses.items() if name != "router")
+    config = RouterConfig(workers=addresses)
+    fleet = Fleet(config, GrpcRpc(clock), PrefixMirror(clock), None, clock, ignore)
+    pipeline = Pipeline(config, fleet, clock, random.Random(0), ignore)
+    running = asyncio.create_task(fleet.run(pipeline.trial))
+    try:
+        await until(lambda: _num_pairs(fleet), 2, "proven pairs")
+        yield fleet, pipeline
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+def ignore(kind: str, /, **fields: object) -> None:
+    pass
+
+
+async def _num_pairs(fleet: Fleet) -> int:
+    return len(fleet.pairs())
+
+
+def go_to(pipeline: Pipeline, decode: str, source: PrefixSource | None = None) -> None:
+    placed = Placement(WorkerId("prefill-0"), WorkerId(decode), 0.0, 1, source)
+    pipeline._choice._place = lambda chains: placed  # type: ignore[method-assign]
+
+
+async def tokens_of(
+    pipeline: Pipeline, name: str, prompt: list[int], number: int, **sampling: Any
+) -> list[int]:
+    params = SamplingParams(max_tokens=number, temperature=0.0, ignore_eos=True, **sampling)
+    request = Request(RequestId(name), tuple(prompt), params, cache_salt=name.partition(" ")[0])
+    parts = [part async for parts in pipeline.generate(request, timeout_s=30) for part in parts]
+    return [token for part in parts for token in part.token_ids]
+
+
+async def outcomes(stack: Stack) -> dict[str, float]:
+    names = FetchOutcome.OK, FetchOutcome.LATE, FetchOutcome.FAILED
+    lines = {name: f'baton_prefix_fetch_seconds_count{{outcome="{name}"}}' for name in names}
+    return {name.value: await stack.metric("prefill-0", line) for name, line in lines.items()}
+
+
+async def test_an_owner_that_hangs_or_is_killed_while_it_is_asked_costs_no_token_and_is_counted() -> None:
+    """The owner decodes nothing meanwhile: every answer comes, and is right. What was not fetched was computed."""
+    async with running_stack(index="memory", num_decode=2) as stack, router_here(stack) as (fleet, pipeline):
+        go_to(pipeline, "decode-0")
+        prompts = {}
+        for name in ("ok", "scored", "hangs", "killed", "gone"):
+            prompt = random_tokens(name, NUM_PROMPT)
+            prompts[name] = [*prompt, *await tokens_of(pipeline, name, prompt, NUM_ANSWER), 7, 8, 9]
+        expected = {}
+        go_to(pipeline, "decode-1")
+        for name, prompt in prompts.items():
+            expected[name] = await tokens_of(pipeline, f"nobody-{name}", prompt, 20)
+        owner = fleet.link(WorkerId("decode-0")).record
+
+        async def fetched(name: str, timeout_s: float = 20.0, **sampling: Any) -> tuple[list[int], int]:
+            """The answer, and how much of its prompt the prefill worker had or was given."""
+            num_tokens = (NUM_PROMPT + NUM_ANSWER - 1) // 16 * 16
+            go_to(pipeline, "decode-1", PrefixSource(owner.worker_id, owner.address, num_tokens, timeout_s))
+            tokens = await tokens_of(pipeline, f"{name} again", prompts[name], 20, **sampling)
+            record = pipeline.record(f"{name} again")
+            assert record is not None
+            return tokens, record.num_cached_tokens_prefill
+
+        assert await fetched("ok") == (expected["ok"], (NUM_PROMPT + NUM_ANSWER - 1) // 16 * 16)
+        assert await outcomes(stack) == {"ok": 1, "late": 0, "failed": 0}
+        # Whatever a router asks for: what the model says of a prompt is known of computed tokens only.
+        assert await fetched("scored", prompt_logprobs=1) == (expected["scored"], 0)
+        assert await outcomes(stack) == {"ok": 1, "late": 0, "failed": 0}
+        # A ticket for such a prompt counts nothing, which does not mean that the worker holds nothing.
         await asyncio.sleep(INDEXED_S)
-        expected = [await computed(stack, prompt) for prompt, _ in chats]
-        victim = next(n for n, child in stack.children.items() if chats[0][1].endswith(f"-{child.pid}"))
-        asked = [asyncio.create_task(ask(stack, prompt, 20)) for prompt, _ in chats]
-        await asyncio.sleep(0.02)
-        await stack.kill(victim)
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        for answer, tokens in zip(answers, expected, strict=True):
-            if isinstance(answer, httpx.HTTPStatusError):  # the owner was to decode it, too
-                assert answer.response.json()["error"]["code"] == "worker_lost"
-            else:
-                assert isinstance(answer, Answer)
-                assert answer.tokens == tokens
-        [survivor] = {"decode-0", "decode-1"} - {victim}
-        await stack.until_nothing_is_used("prefill-0", survivor)
-        again = [await ask(stack, prompt, 20) for prompt, _ in chats]
-        assert [answer.tokens for answer in again] == expected
+        await tokens_of(pipeline, "scored twice", prompts["scored"], 1, prompt_logprobs=1)
+        assert fleet.mirror.num_stale_claims == 0
+
+        held = NUM_PROMPT // 16 * 16  # what the prefill worker computed itself for the first turn
+        await stack.signal("decode-0", signal.SIGSTOP)
+        assert await fetched("hangs", timeout_s=0.3) == (expected["hangs"], held)
+        assert await outcomes(stack) == {"ok": 1, "late": 1, "failed": 0}
+
+        asked = asyncio.create_task(fetched("killed"))
+        await asyncio.sleep(0.3)
+        assert not asked.done()
+        await stack.kill("decode-0")
+        assert await asked == (expected["killed"], held)
+        assert await outcomes(stack) == {"ok": 1, "late": 1, "failed": 1}
+
+        assert await fetched("gone") == (expected["gone"], held)
+        assert await outcomes(stack) == {"ok": 1, "late": 1, "failed": 2}
+        await stack.until_nothing_is_used("prefill-0", "decode-1")

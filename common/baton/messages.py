@@ -36,6 +36,7 @@ class Load:
     transfer_bytes_per_s: float = 0.0
     decode_batch_size: float = 0.0  # sequences in the steps that decode_step_s is the mean of
     decode_seq_s: float = 0.0  # what one sequence more adds to a step
+    num_measured_steps: int = 0  # that decode_step_s was measured by lately
     num_measured_tokens: int = 0  # prompt tokens that prefill_tokens_per_s was measured on lately
     num_own: int = 0  # of running and waiting ones, those of the router that is told over its session
 

@@ -24,6 +24,11 @@ class Chains:
         self.request = request
         self._hashes: dict[tuple[str, int], list[BlockHash]] = {}
 
+    @property
+    def may_be_held(self) -> bool:
+        """What the model says of a prompt is known of computed tokens only: then no worker uses what it holds."""
+        return self.request.sampling.prompt_logprobs is None
+
     def hashes(self, fingerprint: str, block_size: int) -> list[BlockHash]:
         kind = (fingerprint, block_size)
         if kind not in self._hashes:
@@ -55,18 +60,16 @@ class Choice:
         prefills = [link for link in links if Role.PREFILL in link.record.roles]
         if not decodes:
             raise Unavailable("no decode worker is ready", retry_after_s=1.0)
-        held = self._held_blocks(chains, decodes + prefills)
-        # What the model says of a prompt is known of computed tokens only.
-        is_computed_whole = request.sampling.prompt_logprobs is not None
+        held = self._held_blocks(chains, decodes + prefills) if chains.may_be_held else {}
         placement = place(
             request.num_prompt_tokens,
             request.sampling.max_tokens,
-            [link.candidate(held[link.record.worker_id]) for link in prefills],
-            [link.candidate(held[link.record.worker_id]) for link in decodes],
+            [link.candidate(held.get(link.record.worker_id, 0)) for link in prefills],
+            [link.candidate(held.get(link.record.worker_id, 0)) for link in decodes],
             self._rng,
             self._fleet.canary.is_proven,
             request.sampling.n,
-            (lambda owner, p, d: False) if is_computed_whole else self._fleet.prefix_paths.can_fetch,
+            self._fleet.prefix_paths.can_fetch,
         )
         if placement is None:
             raise InternalError("placement found no decode worker among the ready ones")
@@ -74,7 +77,8 @@ class Choice:
 
     def confirm_ticket(self, chains: Chains, ticket: Ticket) -> None:
         """The ticket says what is really held; a worker never counts the block of the last prompt token."""
-        self._confirm(chains, ticket, ticket.num_cached_tokens)
+        if chains.may_be_held:
+            self._confirm(chains, ticket, ticket.num_cached_tokens)
 
     def note_fetched(self, chains: Chains, prefill: WorkerId, fetched: Fetched) -> None:
         """The owner may hold less than it was said to; a way that failed is not taken again for a while."""

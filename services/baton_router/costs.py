@@ -3,6 +3,8 @@
 A prompt. (tokens before it + its own that are not held there) / rate. A rate that was measured on few tokens, like an
 idle worker's on those of the canary, says little: TRUST_TOKENS at the fleet's median rate are added to them.
 
+Likewise a step that was measured on few, perhaps while the next worker was starting: TRUST_STEPS at the median.
+
 A decode step is a line over its sequences, so that workers measured at different batches can be compared: a busy one at
 32 and an idle one that last had the canary alone are both looked at with as many sequences as they would have. Where a
 worker has not measured what one sequence more adds, the others' share of a step stands in.
@@ -22,6 +24,7 @@ from baton.request import WorkerId
 
 PRESSURE_S = 0.15  # smg's weight
 TRUST_TOKENS = 2048  # a few full steps
+TRUST_STEPS = 16  # the canary makes 6 with each prefill worker
 FALLBACK_PREFILL_TOKENS_PER_S = 2000.0
 FALLBACK_STEP_S = 0.02
 FALLBACK_SEQ_SHARE = 0.05
@@ -92,13 +95,21 @@ class Rates:
 
 
 def step_lines(decodes: Sequence[Candidate]) -> list[StepLine]:
-    """One for each. Whoever has measured nothing is taken for as fast as the fastest."""
+    """One for each."""
     loads = [decode.record.load for decode in decodes]
     shares = [load.decode_seq_s / _line(load, 0.0).one_s for load in loads if load.decode_seq_s]
     share = median(shares) if shares else FALLBACK_SEQ_SHARE
     measured = [_line(load, share) for load in loads if load.decode_step_s]
-    fastest = min(measured, default=StepLine(FALLBACK_STEP_S, FALLBACK_STEP_S * share))
-    return [_line(load, share) if load.decode_step_s else fastest for load in loads]
+    usual_s = median(line.one_s for line in measured) if measured else FALLBACK_STEP_S
+    return [_trusted(load, share, usual_s) for load in loads]
+
+
+def _trusted(load: Load, share: float, usual_s: float) -> StepLine:
+    if not load.decode_step_s:
+        return StepLine(usual_s, usual_s * share)
+    line, num_steps = _line(load, share), load.num_measured_steps
+    one_s = (num_steps * line.one_s + TRUST_STEPS * usual_s) / (num_steps + TRUST_STEPS)
+    return StepLine(one_s, load.decode_seq_s or one_s * share)
 
 
 def _line(load: Load, share: float) -> StepLine:

@@ -254,6 +254,7 @@ class Engine:
             decode_step_s=self._rates.decode_step_s,
             decode_batch_size=self._rates.decode_batch_size,
             decode_seq_s=self._rates.decode_seq_s,
+            num_measured_steps=round(self._rates.num_decode_steps),
             num_measured_tokens=round(self._rates.num_prefill_tokens),
         )
 

@@ -17,7 +17,7 @@ ROLE_PREFILL: Role
 ROLE_DECODE: Role
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_free_blocks", "prefill_tokens_per_s", "decode_step_s", "transfer_bytes_per_s", "decode_batch_size", "decode_seq_s", "num_measured_tokens", "num_own")
+    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_free_blocks", "prefill_tokens_per_s", "decode_step_s", "transfer_bytes_per_s", "decode_batch_size", "decode_seq_s", "num_measured_steps", "num_measured_tokens", "num_own")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class Load(_message.Message):
     TRANSFER_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     DECODE_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     DECODE_SEQ_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_MEASURED_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_MEASURED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_OWN_FIELD_NUMBER: _ClassVar[int]
     num_running: int
@@ -38,9 +39,10 @@ class Load(_message.Message):
     transfer_bytes_per_s: float
     decode_batch_size: float
     decode_seq_s: float
+    num_measured_steps: int
     num_measured_tokens: int
     num_own: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., transfer_bytes_per_s: _Optional[float] = ..., decode_batch_size: _Optional[float] = ..., decode_seq_s: _Optional[float] = ..., num_measured_tokens: _Optional[int] = ..., num_own: _Optional[int] = ...) -> None: ...
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., transfer_bytes_per_s: _Optional[float] = ..., decode_batch_size: _Optional[float] = ..., decode_seq_s: _Optional[float] = ..., num_measured_steps: _Optional[int] = ..., num_measured_tokens: _Optional[int] = ..., num_own: _Optional[int] = ...) -> None: ...
 
 class Compatibility(_message.Message):
     __slots__ = ("weights", "config", "tokenizer", "rope", "layers", "revision", "arithmetic", "dtype", "num_shards", "release", "wire_versions")
