@@ -216,7 +216,70 @@ def test_what_another_router_sent_is_seen_in_the_reports() -> None:
     simulated(test, num_prefill=1, num_decode=2)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_happens_the_router_counts_what_its_workers_have(seed: int) -> None:
+    """Requests come, are cancelled, end; workers die and others join. After each, once it is told, both agree."""
+
+    async def test(fleet: SimulatedFleet) -> None:
+        asked_for: dict[str, asyncio.Task[list[list[int]]]] = {}
+        try:
+            await live_through(fleet, random.Random(seed), asked_for)
+        finally:
+            await asyncio.gather(*asked_for.values(), return_exceptions=True)
+
+    async def live_through(
+        fleet: SimulatedFleet, rng: random.Random, asked_for: dict[str, asyncio.Task[list[list[int]]]]
+    ) -> None:
+        for number in range(40):
+            match rng.choices(["ask", "cancel", "kill"], [8, 3, 1])[0]:
+                case "ask":
+                    name, n = f"{number}", rng.choice((1, 3))
+                    request = a_request(name, rng.randint(1, 200), rng.randint(1, 200), n)
+                    asked_for[name] = asyncio.create_task(fleet.ask_samples(request))
+                case "cancel" if asked_for:
+                    asked_for[rng.choice(sorted(asked_for))].cancel()
+                case "kill":
+                    role = rng.choice(tuple(Role))
+                    await fleet.kill(rng.choice([w for w in fleet.workers if w.startswith(role.value)]))
+                    await fleet.start(role)
+            await fleet.clock.sleep(rng.choice((0.0, 0.0003, 0.01)))
+            live = fleet.pipeline._streams.keys()
+            assert all(link.prompts._prompts.keys() <= live for link in fleet.fleet.ready())
+            if number % 8 == 7:
+                async with fleet.clock.timeout(1.0):  # a heartbeat, and pieces on the way are drained
+                    while not all_agree(fleet):
+                        await fleet.clock.sleep(0.001)
+
+    def all_agree(fleet: SimulatedFleet) -> bool:
+        pairs = [
+            (link.candidate(0), fleet.workers[link.record.worker_id].worker.load())
+            for link in fleet.fleet.ready()
+        ]
+        return all(
+            seen.num_seqs == load.num_running + load.num_waiting
+            and (seen.num_unseen_tokens, seen.num_queued_tokens) == (0, load.num_waiting_tokens)
+            for seen, load in pairs
+            if Role.DECODE in seen.record.roles
+        )
+
+    simulated(test, num_prefill=2, num_decode=2)
+
+
 # --- what a prefill worker has to compute ---
+
+
+def test_a_prompt_counts_until_its_first_token_is_there() -> None:
+    async def test(fleet: SimulatedFleet) -> None:
+        request = a_request("r", num_tokens=100, num_output=10)
+        async with asked(fleet.pipeline, request):
+            [prefill] = shares(fleet.pipeline, request)[0]
+            record = fleet.pipeline.record(request.request_id)
+            assert fleet.fleet.link(prefill).candidate(0).num_queued_tokens == 100
+            while record is not None and record.first_token_s is None:
+                await fleet.clock.sleep(0.0001)
+            assert fleet.fleet.link(prefill).candidate(0).num_queued_tokens == 0
+
+    simulated(test, num_prefill=1, num_decode=1)
 
 
 @given(
