@@ -20,7 +20,6 @@ than SLOWER times as long for each token also pays for it in seconds.
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import NamedTuple
 
 from baton.messages import PrefixSource, WorkerRecord
@@ -51,9 +50,13 @@ class Placement:
 
 
 class _Option(NamedTuple):
-    placement: Placement
+    cost_s: float
     load: float  # of the decode worker, with this request
     num_tokens: int  # to be computed until its prompt is
+    num_new_tokens: int
+    prefill: WorkerId | None
+    decode: WorkerId
+    source: PrefixSource | None = None
 
 
 class _Decode(NamedTuple):
@@ -130,7 +133,7 @@ def _weighed(
         return []
     lines = step_lines(decodes)
     steps_s = [line.seconds(d.num_seqs + num_samples) for line, d in zip(lines, decodes, strict=True)]
-    same_batch = mean(decode.num_seqs for decode in decodes) + num_samples
+    same_batch = sum(decode.num_seqs for decode in decodes) / len(decodes) + num_samples
     paces_s = [line.seconds(same_batch) for line in lines]
     limit_s, same_s = SLOWER * min(steps_s), min(paces_s)
     weighed = []
@@ -144,11 +147,12 @@ def _weighed(
 
 
 def _cheapest(options: Sequence[_Option], rng: random.Random) -> Placement:
-    best_s = min(option.placement.predicted_s for option in options)
+    best_s = min(option.cost_s for option in options)
     limit_s = max(best_s * NEAR, best_s + NEAR_S)
-    near = [option for option in options if option.placement.predicted_s <= limit_s]
+    near = [option for option in options if option.cost_s <= limit_s]
     least = min((option.load, option.num_tokens) for option in near)
-    return rng.choice([option.placement for option in near if (option.load, option.num_tokens) == least])
+    chosen = rng.choice([option for option in near if (option.load, option.num_tokens) == least])
+    return Placement(chosen.prefill, chosen.decode, chosen.cost_s, chosen.num_new_tokens, chosen.source)
 
 
 def _alone(decode: _Decode, num_prompt_tokens: int, rates: Rates) -> _Option:
@@ -156,24 +160,21 @@ def _alone(decode: _Decode, num_prompt_tokens: int, rates: Rates) -> _Option:
     num_new = _num_new(worker, num_prompt_tokens)
     num_tokens = worker.num_queued_tokens + num_new
     cost_s = decode.cost_s + rates.compute_s(worker, num_tokens)
-    return _Option(Placement(None, worker.worker_id, cost_s, num_new), decode.load, num_tokens)
+    return _Option(cost_s, decode.load, num_tokens, num_new, None, worker.worker_id)
 
 
 def _pair(
     prefill: Candidate, decode: _Decode, num_prompt_tokens: int, rates: Rates, fetch: _Fetch | None
 ) -> _Option:
-    d = decode.worker
-    num_new = (
-        _num_new(prefill, num_prompt_tokens) if fetch is None else num_prompt_tokens - fetch.source.num_tokens
-    )
+    d, source, num_new, fetch_s = decode.worker, None, _num_new(prefill, num_prompt_tokens), 0.0
+    if fetch is not None:
+        source, num_new, fetch_s = fetch.source, num_prompt_tokens - fetch.source.num_tokens, fetch.cost_s
     num_tokens = prefill.num_queued_tokens + num_new
     num_to_send = max(0, num_prompt_tokens - d.num_held_tokens)
-    cost_s = decode.cost_s + rates.compute_s(prefill, num_tokens) + rates.wire_s(prefill, num_to_send)
-    source = None
-    if fetch is not None:
-        cost_s, source = cost_s + fetch.cost_s, fetch.source
-    placement = Placement(prefill.worker_id, d.worker_id, cost_s, num_new, source)
-    return _Option(placement, decode.load, num_tokens)
+    cost_s = (
+        decode.cost_s + fetch_s + rates.compute_s(prefill, num_tokens) + rates.wire_s(prefill, num_to_send)
+    )
+    return _Option(cost_s, decode.load, num_tokens, num_new, prefill.worker_id, d.worker_id, source)
 
 
 def _num_new(worker: Candidate, num_prompt_tokens: int) -> int:
