@@ -171,8 +171,8 @@ def main() -> None:
         if wanted in case.name:
             rows.append(measure(case, machine))
             print(line(rows[-1]), flush=True)
-    if not wanted:
-        PAGE.write_text(page(rows, machine, datetime.date.today()))
+            if not wanted:  # as far as it is, if it should be stopped
+                PAGE.write_text(page(rows, machine, datetime.date.today()))
     print(json.dumps({"bench": "kernels", "run": True, "machine": machine.__dict__, "rows": rows}))
 
 

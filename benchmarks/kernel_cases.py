@@ -236,7 +236,7 @@ def step_cases(s: Shapes) -> Iterator[Case]:
 
 
 def all_cases(s: Shapes) -> Iterator[Case]:
-    for family in (decode_cases, prefill_cases, token_cases, block_cases, sampler_cases, step_cases):
+    for family in (step_cases, decode_cases, prefill_cases, token_cases, block_cases, sampler_cases):
         yield from family(s)
 
 

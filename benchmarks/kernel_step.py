@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from baton.model import attention
 from baton.model.attention import Chunk, PagedLayer
 from baton.model.graphs import GraphedModel, cuda_capture
+from baton.model.triton_attention import fuse_attention
 from baton.model.triton_fuse import fuse
 from baton.model.triton_step import TritonPlanner
 
@@ -32,6 +33,7 @@ def make_model(s: Any) -> nn.Module:
         )
     model.eval().requires_grad_(False)
     fuse(model)
+    fuse_attention(model)
     return model
 
 
