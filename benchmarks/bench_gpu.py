@@ -125,7 +125,7 @@ def measure_hand_over(directory: Path) -> list[tuple[float, float, float, float]
     """ms of each prompt: to the first token by two workers and by one, and from the first to the second."""
     # The pool has a fixed size: how much is free is uncertain while other workers of the same card start.
     flags = f"--model {directory} --dtype bfloat16 --block-size 64 --num-blocks 512 --index memory".split()
-    flags += "--max-num-batched-tokens 8192 --max-model-len 8192".split()
+    flags += ["--max-num-batched-tokens", "8192", "--max-model-len", "8192"]
     rng, found = random.Random(1), []
     with (
         fleet(*flags, "--transport", "shm", "--prefill", "1", "--decode", "1") as pair_url,
@@ -185,8 +185,8 @@ def page(
         f'`make bench-gpu ARGS="--write --rounds {rounds}"`, {describe_machine()}. {machine}. {", ".join(versions())}.',
         "",
         "A model of an 8B Llama's shape (32 layers, 32 and 8 heads of 128, MLP 14336, vocabulary 128,256), random",
-        f"weights, bfloat16, greedy. Cells are medians (least-greatest) of the rounds, one of transformers. Decode: {NUM_STEPS} steps; floor: weights and",
-        "KV read once at the rate above.",
+        "weights, bfloat16, greedy. Cells are medians (least-greatest) of the rounds; transformers has one.",
+        f"Decode: {NUM_STEPS} steps; floor: weights and KV read once at the rate above.",
         "",
         *lines,
     ]
