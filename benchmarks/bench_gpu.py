@@ -96,6 +96,7 @@ def measure_baton(directory: Path, rounds: int) -> list[list[Measured]]:
             outputs = llm.generate(works, sampling, use_tqdm=False)
             assert all(len(output.token_ids) == num_tokens for output in outputs)
 
+        generate(prompts(random.Random(0), 2, 64), 4)
         return [measure(generate, *load, rounds) for load in LOADS]
 
 
