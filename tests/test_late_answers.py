@@ -2,15 +2,16 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from baton.clock import VirtualClock
 from baton.errors import WorkerLost
-from baton.messages import PrefillAnswer, PrefillCall, PrefillResult, Received, Role
+from baton.messages import PrefillAnswer, PrefillResult, Received, Role
 from baton.request import FinishReason, Request, RequestId, SamplingParams
 from baton_loadtest.local_fleet import HEARTBEAT_S
 from baton_loadtest.simulate import VOCAB_SIZE, FleetConfig, SimulatedFleet, expected_tokens, running_fleet
@@ -19,6 +20,8 @@ from baton_router.generation import Tokens, TokenStream
 from baton_router.session import Attempt
 
 CONFIG = FleetConfig(seed=5, num_prefill=1, num_decode=1)
+Prefill = Callable[[PrefillService, Any], AsyncGenerator[PrefillAnswer, None]]
+
 LATE_S = 0.5  # the KV is there and short answers are made long before
 
 
@@ -37,17 +40,21 @@ def right_answer(request: Request) -> list[int]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
     """On it every first token is late."""
-    clock, prefill = VirtualClock(), PrefillService.prefill
+    clock = VirtualClock()
+    for name in ("prefill", "prefill_ahead"):
+        monkeypatch.setattr(PrefillService, name, late(getattr(PrefillService, name), clock))
+    return clock
 
-    async def prefill_late(service: PrefillService, call: PrefillCall) -> AsyncGenerator[PrefillAnswer, None]:
-        async with aclosing(prefill(service, call)) as answers:
+
+def late(prefill: Prefill, clock: VirtualClock) -> Prefill:
+    async def prefill_late(service: PrefillService, asked: Any) -> AsyncGenerator[PrefillAnswer, None]:
+        async with aclosing(prefill(service, asked)) as answers:
             async for answer in answers:
                 if isinstance(answer, PrefillResult):
                     await clock.sleep(LATE_S)
                 yield answer
 
-    monkeypatch.setattr(PrefillService, "prefill", prefill_late)
-    return clock
+    return prefill_late
 
 
 async def assert_all_given_back(fleet: SimulatedFleet) -> None:

@@ -212,7 +212,7 @@ def test_more_than_a_worker_runs_is_refused_by_name(config: FleetConfig) -> None
     async def story(fleet: SimulatedFleet) -> None:
         with pytest.raises(InvalidRequest, match="n must be 1 to 64, the worker's max_num_seqs; 65"):
             await fleet.ask_samples(make_request(n=65))
-        request = make_request(n=64, max_tokens=3)
+        request = replace(make_request(n=64, max_tokens=3), request_id=RequestId("another"))
         assert await fleet.ask_samples(request) == [right(config, request)] * 64
 
     in_a_fleet(config, story)

@@ -400,6 +400,8 @@ PROTOS: Mapping[type, type[Message]] = {
     m.Missed: decode_pb2.Missed,
     m.GenerateCall: decode_pb2.DecodeGenerateRequest,
     m.PrefillCall: prefill_pb2.PrefillRequest,
+    m.PrefillBegin: prefill_pb2.PrefillBegin,
+    m.PrefillTicket: prefill_pb2.PrefillTicket,
     m.PrefillResult: prefill_pb2.PrefillResult,
     m.Pushed: prefill_pb2.Pushed,
     m.PrefixSource: prefill_pb2.PrefixSource,
@@ -443,13 +445,14 @@ def _make_routes() -> dict[Any, _Route]:
     routes: dict[Any, _Route] = {
         cls: _Route(pb_class, ((None, cls),), "") for cls, pb_class in PROTOS.items()
     }
-    # Also what RouterGenerateResponse and StatusWatchResponse look like on the wire.
+    # Also what RouterGenerateResponse, StatusWatchResponse and PrefillAheadResponse look like on the wire.
     chunk = (("chunk", m.GenerateChunk),)
     routes[m.GenerateChunk] = _Route(decode_pb2.DecodeGenerateResponse, chunk, "chunk")
     routes[m.WorkerStatus] = _Route(status_pb2.StatusGetResponse, (("status", m.WorkerStatus),), "status")
     for union, pb_class in (
         (m.SessionUp, decode_pb2.SessionRequest),
         (m.SessionDown, decode_pb2.SessionResponse),
+        (m.PrefillUp, prefill_pb2.PrefillAheadRequest),
         (m.PrefillAnswer, prefill_pb2.PrefillResponse),
     ):
         names = (cls.__name__.removeprefix("Prefill").lower() for cls in typing.get_args(union))

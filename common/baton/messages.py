@@ -82,6 +82,7 @@ class WorkerRecord:
     draining: bool = False
     load: Load = field(default_factory=Load)
     compatibility: Compatibility = field(default_factory=Compatibility)
+    prefills_ahead: bool = False  # it serves PREFILL_AHEAD; a release before did not
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +234,21 @@ class PrefillCall:
     source: PrefixSource | None = (
         None  # where to fetch the beginning of the prompt from, instead of computing it
     )
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillBegin:
+    """A prompt whose ticket follows. Nothing of its KV leaves before."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTicket:
+    ticket: Ticket
+
+
+PrefillUp = PrefillBegin | PrefillTicket
 
 
 class FetchOutcome(enum.StrEnum):

@@ -62,7 +62,9 @@ class LocalFleet:
         transfer: TransferConfig,
         index_lease_s: float,
         seed: int,
+        prefills_ahead: bool = True,
     ) -> None:
+        """Workers of the release before did not say that they `prefills_ahead`."""
         self.clock = clock
         self.rpc_network = rpc_network
         self.index = MemoryIndex(clock)
@@ -71,6 +73,7 @@ class LocalFleet:
         self._engine_config = engine
         self._transfer_config = transfer
         self._index_lease_s = index_lease_s
+        self._prefills_ahead = prefills_ahead
         self.fleet = Fleet(router, self._rpc, PrefixMirror(clock), self.index, clock, emit)
         self.pipeline = Pipeline(router, self.fleet, clock, random.Random(seed), emit)
         self.workers: dict[WorkerId, LocalWorker] = {}
@@ -126,6 +129,7 @@ class LocalFleet:
                 max_model_len=engine.max_model_len,
                 kv_block_bytes=storage.layout.block_bytes,
                 compatibility=compatibility,
+                prefills_ahead=self._prefills_ahead and Role.PREFILL in roles,
             ),
             engine,
             clock,

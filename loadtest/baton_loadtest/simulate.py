@@ -178,6 +178,7 @@ class FleetConfig:
     link_latency_s: float = 0.0002
     link_bytes_per_s: float = 1e9
     index_lease_s: float = 3.0
+    prefills_ahead: bool = True  # False: workers of the release before
 
     @property
     def layout(self) -> KVLayout:
@@ -203,6 +204,7 @@ class SimulatedFleet(LocalFleet):
             transfer=config.transfer,
             index_lease_s=config.index_lease_s,
             seed=config.seed,
+            prefills_ahead=config.prefills_ahead,
         )
 
     async def start(self, role: Role, speed: Speed | None = None) -> LocalWorker:

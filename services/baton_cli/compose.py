@@ -179,6 +179,7 @@ def _record(config: WorkerConfig, loaded: LoadedModel, transport: Transport, eng
         max_model_len=engine.max_model_len,
         kv_block_bytes=storage.layout.block_bytes,
         compatibility=loaded.compatibility,
+        prefills_ahead=Role.PREFILL in config.roles,
     )
 
 

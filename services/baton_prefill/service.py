@@ -7,46 +7,47 @@
           answer to the router <------------------------------------------------------+
           the push goes on; when it ended, however it ended: engine.abort, and the router hears of it
 
+A push needs a ticket. A prompt may begin without (PrefillAhead); what is computed until the ticket comes is remembered
+and told to the push then. A ticket that does not come within a lease is a push that failed.
+
 Source blocks are kept until the receiver acknowledged them or the push failed: engine.abort (which
 keeps what is computed as cached prefix) is called for a request only after its push ended. The push begins before the
 fetch: it keeps the ticket's lease alive meanwhile.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 
 from baton.clock import Clock
 from baton.config import TransferConfig
-from baton.engine.batch import LayerProgress, SequenceOutput, StepOutput
+from baton.engine.batch import LayerProgress, StepOutput
 from baton.engine.worker import Worker
-from baton.errors import BatonError, InternalError, InvalidRequest
+from baton.errors import BatonError, InternalError, InvalidRequest, TransferError
 from baton.events import Emit, about
 from baton.handover.fetch import Fetcher
 from baton.handover.outgoing import layer_group_ends
 from baton.handover.owner import check_ticket
 from baton.handover.push import Connections, Push
 from baton.kv.layout import Storage
-from baton.messages import Fetched, Holder, PrefillAnswer, PrefillCall, PrefillResult, Purpose, Pushed
-from baton.request import FinishReason, Request, RequestId
-from baton.rpc import PREFILL, Handlers
+from baton.messages import (
+    Holder,
+    PrefillAnswer,
+    PrefillBegin,
+    PrefillCall,
+    PrefillResult,
+    PrefillTicket,
+    PrefillUp,
+    PrefixSource,
+    Purpose,
+    Ticket,
+)
+from baton.request import BlockId, FinishReason, Request, RequestId
+from baton.rpc import PREFILL, PREFILL_AHEAD, Handlers
 from baton.tracing import NO_TRACING, Phases, SpanKind, Tracer
 from baton.transfer.base import Transport
-from baton.transfer.report import OnTransfer, Outcome, TransferReport, ignore
-
-
-@dataclass(slots=True)
-class _Job:
-    request: Request
-    push: Push
-    trace: Phases
-    started_s: float
-    first_step_s: float | None = None
-    fetched: Fetched | None = None
-    is_added: bool = False  # to the engine
-    done: asyncio.Future[SequenceOutput] = field(  # with the first token
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+from baton.transfer.report import OnTransfer, Outcome, ignore
+from baton_prefill.job import Job
 
 
 class PrefillService:
@@ -75,7 +76,7 @@ class PrefillService:
         self._on_transfer = on_transfer
         self._tracer = tracer
         self._connections = Connections(transport, config.push_timeout_s)
-        self._jobs: dict[RequestId, _Job] = {}
+        self._jobs: dict[RequestId, Job] = {}
         self._pushes: dict[asyncio.Task[Outcome], None] = {}  # in the order they were made
         worker.listen(self._on_step)
         worker.explain(self._explain)
@@ -85,18 +86,10 @@ class PrefillService:
     def _explain(self, holder: Holder) -> Holder:
         """For the block ledger: where these blocks are being sent to."""
         job = self._jobs.get(holder.request_id)
-        if job is None or holder.purpose is Purpose.RECEIVING:
-            return holder
-        ticket = job.push.ticket
-        return replace(
-            holder,
-            epoch=ticket.epoch,
-            lease_left_s=job.push.lease_left_s,
-            note=f"sending to {ticket.worker_id} over {job.push.transport or ticket.transport}",
-        )
+        return holder if job is None or holder.purpose is Purpose.RECEIVING else job.explain(holder)
 
     def handlers(self) -> Handlers:
-        return {PREFILL: self.prefill}
+        return {PREFILL: self.prefill, PREFILL_AHEAD: self.prefill_ahead}
 
     async def aclose(self) -> None:
         self._worker.unlisten(self._on_step)
@@ -107,16 +100,51 @@ class PrefillService:
 
     async def prefill(self, call: PrefillCall) -> AsyncGenerator[PrefillAnswer, None]:
         """The first token, then how the push ended. Left early, it stops both."""
-        request = call.request
         check_ticket(self._worker, self._transport, call.ticket)
+
+        async def ticket() -> Ticket:
+            return call.ticket
+
+        async with aclosing(self._answers(call.request, ticket, call.source)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def prefill_ahead(self, messages: AsyncIterator[PrefillUp]) -> AsyncGenerator[PrefillAnswer, None]:
+        """Likewise, for a prompt whose ticket follows."""
+        begin = await anext(messages, None)
+        if not isinstance(begin, PrefillBegin):
+            raise InvalidRequest("the first message must say what to compute", param="message")
+        async with aclosing(self._answers(begin.request, lambda: self._late_ticket(messages))) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def _late_ticket(self, messages: AsyncIterator[PrefillUp]) -> Ticket:
+        """Raises TransferError."""
+        wait_s = self._config.lease_s
+        try:
+            async with self._clock.timeout(wait_s):
+                message = await anext(messages, None)
+        except TimeoutError:
+            raise TransferError(f"no ticket came within {wait_s:g} s") from None
+        if not isinstance(message, PrefillTicket):
+            raise TransferError("no ticket came")
+        check_ticket(self._worker, self._transport, message.ticket)
+        return message.ticket
+
+    async def _answers(
+        self,
+        request: Request,
+        ticket: Callable[[], Awaitable[Ticket]],
+        source: PrefixSource | None = None,
+    ) -> AsyncGenerator[PrefillAnswer, None]:
         await self._worker.engine.prepare(request)
         if request.request_id in self._jobs:
             raise InvalidRequest(f"request {request.request_id} is here already", param="request_id")
         self._worker.engine.check(request, prefill_only=True)  # before the decode worker hears of it
-        job, pushing = self._start(call)
+        job, pushing = self._start(request, ticket)
         try:
-            if call.source is not None and request.sampling.prompt_logprobs is None:
-                job.fetched = await self._fetcher.fetch(request, call.source)
+            if source is not None and request.sampling.prompt_logprobs is None:
+                job.fetched = await self._fetcher.fetch(request, source)
             if not pushing.done():
                 self._worker.engine.add(request, prefill_only=True)
                 job.is_added = True
@@ -127,27 +155,15 @@ class PrefillService:
                 if result.finish_reason is not None and request.sampling.n == 1:
                     return  # one token was all: nobody needs the KV elsewhere
             await asyncio.wait((pushing,))
-            push = job.push
-            yield Pushed(
-                push.sending.reason, push.sending.num_mismatches, push.num_bytes, push.wire.seconds, push.transport
-            )  # fmt: skip
+            yield job.pushed()
         finally:
             pushing.cancel()
 
-    def _start(self, call: PrefillCall) -> tuple[_Job, "asyncio.Task[Outcome]"]:
-        request = call.request
-        push = Push(
-            call.ticket,
-            request,
-            self._storage,
-            self._worker.record.compatibility.identity,
-            self._clock,
-            self._emit,
-            self._config,
-        )
-        job = _Job(request, push, self._trace(request), self._clock.now())
-        self._jobs[request.request_id] = job
-        pushing = asyncio.create_task(self._push(job))
+    def _start(
+        self, request: Request, ticket: Callable[[], Awaitable[Ticket]]
+    ) -> tuple[Job, "asyncio.Task[Outcome]"]:
+        job = self._jobs[request.request_id] = Job(request, self._trace(request), self._clock.now())
+        pushing = asyncio.create_task(self._push(job, ticket))
         self._pushes[pushing] = None
         # A callback, not a `finally` in the task: a task cancelled before its first turn never reaches its `finally`.
         pushing.add_done_callback(lambda task: self._forget(task, request.request_id))
@@ -157,33 +173,22 @@ class PrefillService:
         attributes = {"baton.worker": self._worker.record.worker_id}
         return Phases(self._tracer, self._clock, "prefill", request.traceparent, SpanKind.SERVER, attributes)
 
-    async def _first_token(self, job: _Job, request: Request) -> PrefillResult:
+    async def _first_token(self, job: Job, request: Request) -> PrefillResult:
         sequence = self._worker.engine.sequence(request.request_id)
         first = await job.done
         now = self._clock.now()
-        first_step_s = job.first_step_s or now
         num_cached_tokens = sequence.num_cached_tokens if sequence is not None else 0
-        fetched_s = job.started_s
-        if job.fetched is not None:
-            fetched_s += job.fetched.seconds
-            job.trace.past("kv fetch", job.started_s, fetched_s, _said_of(job.fetched))
-        job.trace.past("queue", fetched_s, first_step_s, {})
-        job.trace.past(
-            "compute",
-            first_step_s,
-            now,
-            {"baton.tokens": request.num_prompt_tokens, "baton.cached_tokens": num_cached_tokens},
-        )
+        queue_s, prefill_s = job.trace_computed(now, num_cached_tokens)
         return PrefillResult(
             token_id=first.token_ids[0],
             finish_reason=first.finish_reason,
             num_cached_tokens=num_cached_tokens,
-            queue_s=first_step_s - fetched_s,
-            prefill_s=now - first_step_s,
+            queue_s=queue_s,
+            prefill_s=prefill_s,
             load=self._worker.load(),
             logprobs=first.logprobs[0] if first.logprobs else None,
             prompt_logprobs=first.prompt_logprobs,
-            transport=job.push.transport if first.finish_reason is None or request.sampling.n > 1 else "",
+            transport=job.transport if first.finish_reason is None or request.sampling.n > 1 else "",
             fetched=job.fetched,
         )
 
@@ -202,20 +207,33 @@ class PrefillService:
                 job.done.set_result(row)
                 # A turn later: the answer is on its way before the digest of the last piece is made.
                 block_table = tuple(sequence.block_table)
-                asyncio.get_running_loop().call_soon(job.push.finish, block_table, row.token_ids[0])
+                asyncio.get_running_loop().call_soon(
+                    self._finish, job, block_table, row.token_ids[0], self._clock.now()
+                )
             else:
-                job.push.computed(row.num_computed_tokens, sequence.block_table)
+                self._computed(job, row.num_computed_tokens, sequence.block_table)
 
     def _on_layers(self, progress: LayerProgress) -> None:
         job = self._jobs.get(progress.request_id)
         if job is not None and not job.done.done():
-            job.push.computed(progress.num_tokens, progress.block_table, progress.num_layers)
+            self._computed(job, progress.num_tokens, progress.block_table, progress.num_layers)
 
-    async def _push(self, job: _Job) -> Outcome:
-        push = job.push
+    def _computed(
+        self, job: Job, num_tokens: int, block_table: Sequence[BlockId], num_layers: int | None = None
+    ) -> None:
+        block_table = tuple(block_table)
+        job.tell(lambda push: push.computed(num_tokens, block_table, num_layers))
+
+    def _finish(self, job: Job, block_table: Sequence[BlockId], first_token: int, computed_s: float) -> None:
+        job.tell(lambda push: push.finish(block_table, first_token, computed_s))
+
+    async def _push(self, job: Job, ticket: Callable[[], Awaitable[Ticket]]) -> Outcome:
         try:
+            push = self._push_to(await ticket(), job.request)
+            job.send_with(push)
             await push.run(self._connections)
         except BatonError as error:
+            job.failure = error.message
             self._emit("push.failed", **about(job.request), why=error.message)
             return "failed"
         report = push.report("ok")
@@ -225,6 +243,10 @@ class PrefillService:
         )  # fmt: skip
         return "ok"
 
+    def _push_to(self, ticket: Ticket, request: Request) -> Push:
+        identity = self._worker.record.compatibility.identity
+        return Push(ticket, request, self._storage, identity, self._clock, self._emit, self._config)
+
     def _forget(self, pushing: asyncio.Task[Outcome], request_id: RequestId) -> None:
         """The push ended, so no transport reads the blocks any more: the engine may have them back."""
         del self._pushes[pushing]
@@ -233,27 +255,10 @@ class PrefillService:
             self._worker.engine.abort(request_id)
         self._worker.admit()
         outcome: Outcome = "cancelled" if pushing.cancelled() else pushing.result()
+        if job.push is None:  # nothing was sent to anybody
+            job.trace.end(outcome)
+            return
         report = job.push.report(outcome)
         self._worker.wire.note(report.num_bytes, report.wire_s)
         self._on_transfer(report)
-        self._end_trace(job, report)
-
-    def _end_trace(self, job: _Job, report: TransferReport) -> None:
-        now_s, error = self._clock.now(), "" if report.outcome == "ok" else report.outcome
-        attributes = {
-            "baton.bytes": report.num_bytes,
-            "baton.transport": report.transport,
-            "baton.exposed_s": report.exposed_s,
-            "baton.mismatches": report.num_mismatches,
-            "baton.to": job.push.ticket.worker_id,
-        }
-        job.trace.past("kv push", now_s - report.seconds, now_s, attributes, error)
-        job.trace.end(error)
-
-
-def _said_of(fetched: Fetched) -> dict[str, str | int]:
-    return {
-        "baton.from": fetched.source_id,
-        "baton.outcome": fetched.outcome.value,
-        "baton.tokens": fetched.num_tokens,
-    }
+        job.end_trace(report, self._clock.now())

@@ -17,6 +17,7 @@ from baton.clock import Clock
 from baton.config import RouterConfig
 from baton.errors import Overloaded, TransferError
 from baton.events import Emit
+from baton.kv.block import num_blocks_for
 from baton.messages import PrefillCall, PrefillResult, PrefixSource, Ticket
 from baton.request import Request, WorkerId
 from baton.tracing import Phases, SpanKind, Tracer
@@ -24,6 +25,7 @@ from baton_router.choice import Chains, Choice
 from baton_router.fleet import Fleet
 from baton_router.generation import Record, TokenStream
 from baton_router.hand_over import HandOver
+from baton_router.prefill_stream import PrefillStream
 from baton_router.session import Attempt, Session
 from baton_router.workers import Link
 
@@ -69,38 +71,56 @@ class Attempts:
         *,
         is_trial: bool = False,
     ) -> None:
-        prefill_id = prefill.record.worker_id
-        with self._trying(chains.request, stream, decode, timeout_s, prefill_id) as (session, attempt, trace):
-            trace.phase("ticket")
-            async with prefill.prefill_stream(timeout_s) as answers:
-                ticket = await self._ticket(attempt)
-                self._note_ticket(chains, record, ticket)
-                trace.phase("answer")
-                asking = trace.call("prefill call", {"baton.worker": prefill_id})
-                request = replace(attempt.request, traceparent=asking.traceparent)
-                call = PrefillCall(request, ticket, min(timeout_s, self._config.prefill_timeout_s), source)
-                attempt.received.add_done_callback(lambda _: _note_transfer(record, attempt))
-                hand_over = HandOver(
-                    attempt, session, prefill, decode, self._fleet.canary, self._clock, self._emit,
-                    is_trial=is_trial,
-                )  # fmt: skip
-                running = asyncio.create_task(
-                    hand_over.run(
-                        answers, call, lambda result: self._note_prefill(chains, record, prefill_id, result)
+        with self._trying(chains.request, stream, decode, timeout_s, prefill.record.worker_id) as trying:
+            trying.trace.phase("ticket")
+            asking = trying.trace.call("prefill call", {"baton.worker": prefill.record.worker_id})
+            request = replace(trying.attempt.request, traceparent=asking.traceparent)
+            ahead = request if source is None and _begins_ahead(prefill, decode, request) else None
+            try:
+                async with prefill.prefill_stream(timeout_s, ahead) as answers:
+                    ticket = await self._ticket(trying.attempt)
+                    self._note_ticket(chains, record, ticket)
+                    trying.trace.phase("answer")
+                    call = PrefillCall(
+                        request, ticket, min(timeout_s, self._config.prefill_timeout_s), source
                     )
-                )
-                try:
-                    await asyncio.wait((running, attempt.finished), return_when=asyncio.FIRST_COMPLETED)
-                    if running.done():
-                        running.result()
-                    await attempt.finished
+                    hand_over = HandOver(
+                        trying.attempt, trying.session, prefill, decode, self._fleet.canary, self._clock,
+                        self._emit, is_trial=is_trial,
+                    )  # fmt: skip
+                    await self._finished(chains, record, trying.attempt, hand_over, answers, call)
                     if is_trial:
-                        await running
                         _check_trial(hand_over)
-                finally:
-                    running.cancel()
-                    await asyncio.gather(running, return_exceptions=True)
-                    asking.end(self._clock.now())
+            finally:
+                asking.end(self._clock.now())
+
+    async def _finished(
+        self,
+        chains: Chains,
+        record: Record,
+        attempt: Attempt,
+        hand_over: HandOver,
+        answers: PrefillStream,
+        call: PrefillCall,
+    ) -> None:
+        """The hand-over goes on beside the attempt, and of a trial beyond its end."""
+        prefill_id = hand_over.prefill_id
+        attempt.received.add_done_callback(lambda _: _note_transfer(record, attempt))
+        running = asyncio.create_task(
+            hand_over.run(
+                answers, call, lambda result: self._note_prefill(chains, record, prefill_id, result)
+            )
+        )
+        try:
+            await asyncio.wait((running, attempt.finished), return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                running.result()
+            await attempt.finished
+            if hand_over.is_trial:
+                await running
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
 
     @contextmanager
     def _trying(
@@ -147,6 +167,14 @@ class Attempts:
         if (fetched := result.fetched) is not None:
             record.fetched_from, record.num_fetched_tokens = fetched.source_id, fetched.num_tokens
             self._choice.note_fetched(chains, prefill, fetched)
+
+
+def _begins_ahead(prefill: Link, decode: Link, request: Request) -> bool:
+    """Where the decode worker has room as far as is known, so that its ticket comes soon."""
+    load = decode.record.load
+    num_tokens = max(request.num_prompt_tokens, decode.session.num_unseen_tokens(load.num_own))
+    num_blocks = num_blocks_for(num_tokens, decode.record.block_size)
+    return prefill.record.prefills_ahead and not load.num_waiting and load.num_free_blocks >= num_blocks
 
 
 def _note_transfer(record: Record, attempt: Attempt) -> None:

@@ -16,6 +16,7 @@ from baton.clock import Clock
 from baton.errors import BatonError, DeadlineExceeded, TransferError, WorkerLost
 from baton.events import Emit, about
 from baton.messages import PrefillCall, PrefillResult, Pushed
+from baton.request import WorkerId
 from baton_router.canary import Canary
 from baton_router.generation import Tokens
 from baton_router.prefill_stream import PrefillStream
@@ -48,11 +49,15 @@ class HandOver:
         self._canary = canary
         self._clock = clock
         self._emit = emit
-        self._is_trial = is_trial
+        self.is_trial = is_trial
         self.num_mismatches = 0
         self._first_token: int | None = None
         self._repaired = False
         attempt.on_missed = lambda reason: self._fail(TransferError(reason))
+
+    @property
+    def prefill_id(self) -> WorkerId:
+        return self._prefill.record.worker_id
 
     async def run(self, stream: PrefillStream, call: PrefillCall, on_result: OnResult) -> None:
         """Until the push has ended, or is of no use any more."""
@@ -99,7 +104,7 @@ class HandOver:
             or (attempt.received.done() and self._first_token is not None)
         ):
             return
-        if self._is_trial or not isinstance(error, TransferError | WorkerLost):
+        if self.is_trial or not isinstance(error, TransferError | WorkerLost):
             attempt.fail(error)
             return
         if attempt.received.done():

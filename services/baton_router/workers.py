@@ -27,7 +27,7 @@ from baton.messages import (
     StatusCall,
     WorkerRecord,
 )
-from baton.request import WorkerId
+from baton.request import Request, WorkerId
 from baton.rpc import SESSION, STATUS_BLOCKS, STATUS_WATCH, Rpc
 from baton.transfer.rate import Rate
 from baton_router.costs import Candidate
@@ -88,9 +88,13 @@ class Link:
         )
 
     @asynccontextmanager
-    async def prefill_stream(self, timeout_s: float) -> AsyncGenerator[PrefillStream, None]:
-        """For one `prefill`."""
-        stream = PrefillStream(self._channel, timeout_s)
+    async def prefill_stream(
+        self, timeout_s: float, ahead: Request | None
+    ) -> AsyncGenerator[PrefillStream, None]:
+        """For one `prefill`; of the request that may begin `ahead` of its ticket."""
+        stream = PrefillStream(self._channel, timeout_s, ahead)
+        if ahead is not None:
+            self.prompts.sent(ahead.request_id)
         try:
             yield stream
         finally:
@@ -99,7 +103,8 @@ class Link:
     async def prefill(self, stream: PrefillStream, call: PrefillCall) -> AsyncGenerator[PrefillAnswer, None]:
         """Until the push has ended. Raises WorkerLost when the worker goes before."""
         request_id = call.request.request_id
-        self.prompts.sent(request_id)
+        if not stream.is_ahead:
+            self.prompts.sent(request_id)
         try:
             async with aclosing(stream.ask(call)) as answers:
                 async for answer in answers:

@@ -104,10 +104,13 @@ class Push:
         self._block_table = tuple(block_table)
         self._changed.set()
 
-    def finish(self, block_table: Sequence[BlockId], first_token: int = -1) -> None:
-        """All of it is computed. `first_token` where it is a whole prompt and no prefix."""
+    def finish(
+        self, block_table: Sequence[BlockId], first_token: int = -1, computed_s: float | None = None
+    ) -> None:
+        """All of it is computed, since `computed_s` where not just now. `first_token` where it is a whole prompt and no
+        prefix."""
         self._is_whole, self._first_token = True, first_token
-        self._computed_s = self._clock.now()
+        self._computed_s = self._clock.now() if computed_s is None else computed_s
         self.computed(self._num_tokens, block_table)
 
     @property

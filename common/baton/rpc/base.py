@@ -59,6 +59,9 @@ class Method(Generic[Req, Res]):
 PREFILL: Method[m.PrefillCall, m.PrefillAnswer] = Method(
     "baton.v1.Prefill", "Prefill", Kind.SERVER_STREAM, m.PrefillCall, m.PrefillAnswer
 )
+PREFILL_AHEAD: Method[m.PrefillUp, m.PrefillAnswer] = Method(
+    "baton.v1.Prefill", "PrefillAhead", Kind.BIDI, m.PrefillUp, m.PrefillAnswer
+)
 FETCH: Method[m.FetchCall, m.FetchResult] = Method(
     "baton.v1.Prefix", "Fetch", Kind.UNARY, m.FetchCall, m.FetchResult, "worker"
 )

@@ -27,27 +27,35 @@ from baton.v1 import ticket_pb2 as baton_dot_v1_dot_ticket__pb2
 from baton.v1 import worker_pb2 as baton_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62\x61ton/v1/prefill.proto\x12\x08\x62\x61ton.v1\x1a\x16\x62\x61ton/v1/request.proto\x1a\x15\x62\x61ton/v1/ticket.proto\x1a\x15\x62\x61ton/v1/worker.proto\"\xa2\x01\n\x0ePrefillRequest\x12\"\n\x07request\x18\x01 \x01(\x0b\x32\x11.baton.v1.Request\x12 \n\x06ticket\x18\x02 \x01(\x0b\x32\x10.baton.v1.Ticket\x12\x12\n\ndeadline_s\x18\x03 \x01(\x01\x12+\n\x06source\x18\x04 \x01(\x0b\x32\x16.baton.v1.PrefixSourceH\x00\x88\x01\x01\x42\t\n\x07_source\"Y\n\x0cPrefixSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\"\xab\x01\n\x07\x46\x65tched\x12\'\n\x07outcome\x18\x01 \x01(\x0e\x32\x16.baton.v1.FetchOutcome\x12\x11\n\tsource_id\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x17\n\x0fnum_held_tokens\x18\x04 \x01(\r\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x16\n\x0enum_mismatches\x18\x06 \x01(\r\x12\x0e\n\x06reason\x18\x07 \x01(\t\"k\n\x0fPrefillResponse\x12)\n\x06result\x18\x01 \x01(\x0b\x32\x17.baton.v1.PrefillResultH\x00\x12\"\n\x06pushed\x18\x02 \x01(\x0b\x32\x10.baton.v1.PushedH\x00\x42\t\n\x07message\"f\n\x06Pushed\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x16\n\x0enum_mismatches\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06wire_s\x18\x04 \x01(\x01\x12\x11\n\ttransport\x18\x05 \x01(\t\"\x95\x03\n\rPrefillResult\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x32\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.baton.v1.FinishReasonH\x00\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x12\x1c\n\x04load\x18\x06 \x01(\x0b\x32\x0e.baton.v1.Load\x12.\n\x08logprobs\x18\x07 \x01(\x0b\x32\x17.baton.v1.TokenLogprobsH\x01\x88\x01\x01\x12\x36\n\x0fprompt_logprobs\x18\x08 \x01(\x0b\x32\x18.baton.v1.PromptLogprobsH\x02\x88\x01\x01\x12\x11\n\ttransport\x18\t \x01(\t\x12\'\n\x07\x66\x65tched\x18\n \x01(\x0b\x32\x11.baton.v1.FetchedH\x03\x88\x01\x01\x42\x10\n\x0e_finish_reasonB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\n\n\x08_fetched*\xad\x01\n\x0c\x46\x65tchOutcome\x12\x1d\n\x19\x46\x45TCH_OUTCOME_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46\x45TCH_OUTCOME_OK\x10\x01\x12\x19\n\x15\x46\x45TCH_OUTCOME_EVICTED\x10\x02\x12\x16\n\x12\x46\x45TCH_OUTCOME_LATE\x10\x03\x12\x18\n\x14\x46\x45TCH_OUTCOME_FAILED\x10\x04\x12\x1b\n\x17\x46\x45TCH_OUTCOME_CANCELLED\x10\x05\x32K\n\x07Prefill\x12@\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x19.baton.v1.PrefillResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62\x61ton/v1/prefill.proto\x12\x08\x62\x61ton.v1\x1a\x16\x62\x61ton/v1/request.proto\x1a\x15\x62\x61ton/v1/ticket.proto\x1a\x15\x62\x61ton/v1/worker.proto\"\xa2\x01\n\x0ePrefillRequest\x12\"\n\x07request\x18\x01 \x01(\x0b\x32\x11.baton.v1.Request\x12 \n\x06ticket\x18\x02 \x01(\x0b\x32\x10.baton.v1.Ticket\x12\x12\n\ndeadline_s\x18\x03 \x01(\x01\x12+\n\x06source\x18\x04 \x01(\x0b\x32\x16.baton.v1.PrefixSourceH\x00\x88\x01\x01\x42\t\n\x07_source\"t\n\x13PrefillAheadRequest\x12\'\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.baton.v1.PrefillBeginH\x00\x12)\n\x06ticket\x18\x02 \x01(\x0b\x32\x17.baton.v1.PrefillTicketH\x00\x42\t\n\x07message\"2\n\x0cPrefillBegin\x12\"\n\x07request\x18\x01 \x01(\x0b\x32\x11.baton.v1.Request\"1\n\rPrefillTicket\x12 \n\x06ticket\x18\x01 \x01(\x0b\x32\x10.baton.v1.Ticket\"Y\n\x0cPrefixSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\"\xab\x01\n\x07\x46\x65tched\x12\'\n\x07outcome\x18\x01 \x01(\x0e\x32\x16.baton.v1.FetchOutcome\x12\x11\n\tsource_id\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x17\n\x0fnum_held_tokens\x18\x04 \x01(\r\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x16\n\x0enum_mismatches\x18\x06 \x01(\r\x12\x0e\n\x06reason\x18\x07 \x01(\t\"k\n\x0fPrefillResponse\x12)\n\x06result\x18\x01 \x01(\x0b\x32\x17.baton.v1.PrefillResultH\x00\x12\"\n\x06pushed\x18\x02 \x01(\x0b\x32\x10.baton.v1.PushedH\x00\x42\t\n\x07message\"p\n\x14PrefillAheadResponse\x12)\n\x06result\x18\x01 \x01(\x0b\x32\x17.baton.v1.PrefillResultH\x00\x12\"\n\x06pushed\x18\x02 \x01(\x0b\x32\x10.baton.v1.PushedH\x00\x42\t\n\x07message\"f\n\x06Pushed\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x16\n\x0enum_mismatches\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06wire_s\x18\x04 \x01(\x01\x12\x11\n\ttransport\x18\x05 \x01(\t\"\x95\x03\n\rPrefillResult\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x32\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.baton.v1.FinishReasonH\x00\x88\x01\x01\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x12\x1c\n\x04load\x18\x06 \x01(\x0b\x32\x0e.baton.v1.Load\x12.\n\x08logprobs\x18\x07 \x01(\x0b\x32\x17.baton.v1.TokenLogprobsH\x01\x88\x01\x01\x12\x36\n\x0fprompt_logprobs\x18\x08 \x01(\x0b\x32\x18.baton.v1.PromptLogprobsH\x02\x88\x01\x01\x12\x11\n\ttransport\x18\t \x01(\t\x12\'\n\x07\x66\x65tched\x18\n \x01(\x0b\x32\x11.baton.v1.FetchedH\x03\x88\x01\x01\x42\x10\n\x0e_finish_reasonB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\n\n\x08_fetched*\xad\x01\n\x0c\x46\x65tchOutcome\x12\x1d\n\x19\x46\x45TCH_OUTCOME_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46\x45TCH_OUTCOME_OK\x10\x01\x12\x19\n\x15\x46\x45TCH_OUTCOME_EVICTED\x10\x02\x12\x16\n\x12\x46\x45TCH_OUTCOME_LATE\x10\x03\x12\x18\n\x14\x46\x45TCH_OUTCOME_FAILED\x10\x04\x12\x1b\n\x17\x46\x45TCH_OUTCOME_CANCELLED\x10\x05\x32\x9e\x01\n\x07Prefill\x12@\n\x07Prefill\x12\x18.baton.v1.PrefillRequest\x1a\x19.baton.v1.PrefillResponse0\x01\x12Q\n\x0cPrefillAhead\x12\x1d.baton.v1.PrefillAheadRequest\x1a\x1e.baton.v1.PrefillAheadResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.prefill_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FETCHOUTCOME']._serialized_start=1158
-  _globals['_FETCHOUTCOME']._serialized_end=1331
+  _globals['_FETCHOUTCOME']._serialized_start=1493
+  _globals['_FETCHOUTCOME']._serialized_end=1666
   _globals['_PREFILLREQUEST']._serialized_start=107
   _globals['_PREFILLREQUEST']._serialized_end=269
-  _globals['_PREFIXSOURCE']._serialized_start=271
-  _globals['_PREFIXSOURCE']._serialized_end=360
-  _globals['_FETCHED']._serialized_start=363
-  _globals['_FETCHED']._serialized_end=534
-  _globals['_PREFILLRESPONSE']._serialized_start=536
-  _globals['_PREFILLRESPONSE']._serialized_end=643
-  _globals['_PUSHED']._serialized_start=645
-  _globals['_PUSHED']._serialized_end=747
-  _globals['_PREFILLRESULT']._serialized_start=750
-  _globals['_PREFILLRESULT']._serialized_end=1155
-  _globals['_PREFILL']._serialized_start=1333
-  _globals['_PREFILL']._serialized_end=1408
+  _globals['_PREFILLAHEADREQUEST']._serialized_start=271
+  _globals['_PREFILLAHEADREQUEST']._serialized_end=387
+  _globals['_PREFILLBEGIN']._serialized_start=389
+  _globals['_PREFILLBEGIN']._serialized_end=439
+  _globals['_PREFILLTICKET']._serialized_start=441
+  _globals['_PREFILLTICKET']._serialized_end=490
+  _globals['_PREFIXSOURCE']._serialized_start=492
+  _globals['_PREFIXSOURCE']._serialized_end=581
+  _globals['_FETCHED']._serialized_start=584
+  _globals['_FETCHED']._serialized_end=755
+  _globals['_PREFILLRESPONSE']._serialized_start=757
+  _globals['_PREFILLRESPONSE']._serialized_end=864
+  _globals['_PREFILLAHEADRESPONSE']._serialized_start=866
+  _globals['_PREFILLAHEADRESPONSE']._serialized_end=978
+  _globals['_PUSHED']._serialized_start=980
+  _globals['_PUSHED']._serialized_end=1082
+  _globals['_PREFILLRESULT']._serialized_start=1085
+  _globals['_PREFILLRESULT']._serialized_end=1490
+  _globals['_PREFILL']._serialized_start=1669
+  _globals['_PREFILL']._serialized_end=1827
 # @@protoc_insertion_point(module_scope)

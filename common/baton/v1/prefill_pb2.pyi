@@ -36,6 +36,26 @@ class PrefillRequest(_message.Message):
     source: PrefixSource
     def __init__(self, request: _Optional[_Union[_request_pb2.Request, _Mapping]] = ..., ticket: _Optional[_Union[_ticket_pb2.Ticket, _Mapping]] = ..., deadline_s: _Optional[float] = ..., source: _Optional[_Union[PrefixSource, _Mapping]] = ...) -> None: ...
 
+class PrefillAheadRequest(_message.Message):
+    __slots__ = ("begin", "ticket")
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    begin: PrefillBegin
+    ticket: PrefillTicket
+    def __init__(self, begin: _Optional[_Union[PrefillBegin, _Mapping]] = ..., ticket: _Optional[_Union[PrefillTicket, _Mapping]] = ...) -> None: ...
+
+class PrefillBegin(_message.Message):
+    __slots__ = ("request",)
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    request: _request_pb2.Request
+    def __init__(self, request: _Optional[_Union[_request_pb2.Request, _Mapping]] = ...) -> None: ...
+
+class PrefillTicket(_message.Message):
+    __slots__ = ("ticket",)
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    ticket: _ticket_pb2.Ticket
+    def __init__(self, ticket: _Optional[_Union[_ticket_pb2.Ticket, _Mapping]] = ...) -> None: ...
+
 class PrefixSource(_message.Message):
     __slots__ = ("worker_id", "address", "num_tokens", "timeout_s")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +87,14 @@ class Fetched(_message.Message):
     def __init__(self, outcome: _Optional[_Union[FetchOutcome, str]] = ..., source_id: _Optional[str] = ..., num_tokens: _Optional[int] = ..., num_held_tokens: _Optional[int] = ..., seconds: _Optional[float] = ..., num_mismatches: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
+    __slots__ = ("result", "pushed")
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_FIELD_NUMBER: _ClassVar[int]
+    result: PrefillResult
+    pushed: Pushed
+    def __init__(self, result: _Optional[_Union[PrefillResult, _Mapping]] = ..., pushed: _Optional[_Union[Pushed, _Mapping]] = ...) -> None: ...
+
+class PrefillAheadResponse(_message.Message):
     __slots__ = ("result", "pushed")
     RESULT_FIELD_NUMBER: _ClassVar[int]
     PUSHED_FIELD_NUMBER: _ClassVar[int]

@@ -40,6 +40,11 @@ class PrefillStub:
                 request_serializer=baton_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
                 _registered_method=True)
+        self.PrefillAhead = channel.stream_stream(
+                '/baton.v1.Prefill/PrefillAhead',
+                request_serializer=baton_dot_v1_dot_prefill__pb2.PrefillAheadRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_prefill__pb2.PrefillAheadResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillServicer:
@@ -54,6 +59,14 @@ class PrefillServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PrefillAhead(self, request_iterator, context):
+        """The same, begun before the decode worker has made the ticket. Nothing leaves before that is here, and it is waited for
+        no longer than a lease.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -61,6 +74,11 @@ def add_PrefillServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=baton_dot_v1_dot_prefill__pb2.PrefillRequest.FromString,
                     response_serializer=baton_dot_v1_dot_prefill__pb2.PrefillResponse.SerializeToString,
+            ),
+            'PrefillAhead': grpc.stream_stream_rpc_method_handler(
+                    servicer.PrefillAhead,
+                    request_deserializer=baton_dot_v1_dot_prefill__pb2.PrefillAheadRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_prefill__pb2.PrefillAheadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +109,33 @@ class Prefill:
             '/baton.v1.Prefill/Prefill',
             baton_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
             baton_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrefillAhead(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/baton.v1.Prefill/PrefillAhead',
+            baton_dot_v1_dot_prefill__pb2.PrefillAheadRequest.SerializeToString,
+            baton_dot_v1_dot_prefill__pb2.PrefillAheadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -71,7 +71,7 @@ class Compatibility(_message.Message):
     def __init__(self, weights: _Optional[str] = ..., config: _Optional[str] = ..., tokenizer: _Optional[str] = ..., rope: _Optional[str] = ..., layers: _Optional[str] = ..., revision: _Optional[str] = ..., arithmetic: _Optional[str] = ..., dtype: _Optional[str] = ..., num_shards: _Optional[int] = ..., release: _Optional[str] = ..., wire_versions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "roles", "address", "transports", "model", "fingerprint", "block_size", "num_blocks", "max_model_len", "kv_block_bytes", "draining", "load", "compatibility")
+    __slots__ = ("worker_id", "incarnation", "roles", "address", "transports", "model", "fingerprint", "block_size", "num_blocks", "max_model_len", "kv_block_bytes", "draining", "load", "compatibility", "prefills_ahead")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLES_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,7 @@ class WorkerRecord(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     COMPATIBILITY_FIELD_NUMBER: _ClassVar[int]
+    PREFILLS_AHEAD_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     roles: _containers.RepeatedScalarFieldContainer[Role]
@@ -100,4 +101,5 @@ class WorkerRecord(_message.Message):
     draining: bool
     load: Load
     compatibility: Compatibility
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., address: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., kv_block_bytes: _Optional[int] = ..., draining: _Optional[bool] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., compatibility: _Optional[_Union[Compatibility, _Mapping]] = ...) -> None: ...
+    prefills_ahead: bool
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., roles: _Optional[_Iterable[_Union[Role, str]]] = ..., address: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., kv_block_bytes: _Optional[int] = ..., draining: _Optional[bool] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., compatibility: _Optional[_Union[Compatibility, _Mapping]] = ..., prefills_ahead: _Optional[bool] = ...) -> None: ...
