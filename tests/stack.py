@@ -7,15 +7,25 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 from redis_server import RedisServer
 
+from baton.certificates import load_certificates
 from baton.clock import SystemClock
-from baton.config import EngineConfig, IndexConfig, LogConfig, ModelConfig, TransferConfig, UpConfig
+from baton.config import (
+    EngineConfig,
+    IndexConfig,
+    LogConfig,
+    ModelConfig,
+    TlsConfig,
+    TransferConfig,
+    UpConfig,
+)
 from baton.messages import StatusCall, WorkerStatus
-from baton.rpc import STATUS_GET, GrpcRpc
+from baton.rpc import STATUS_GET, GrpcRpc, Security
 from baton_cli import plan
 from baton_cli.supervisor import Child, ChildSpec, Supervisor
 
@@ -34,7 +44,17 @@ class Stack:
     addresses: dict[str, str] = field(default_factory=dict)  # of workers: gRPC; of the router: HTTP
     metrics_ports: dict[str, int] = field(default_factory=dict)  # of workers
     router_grpc: str = ""
-    _rpc: GrpcRpc = field(default_factory=lambda: GrpcRpc(SystemClock()))
+    certificates: Path | None = None  # of `baton certs`: every process has its role's
+    _rpc: GrpcRpc = field(init=False)
+
+    def __post_init__(self) -> None:
+        own = load_certificates(self._tls("router"), "router", SystemClock())
+        self._rpc = GrpcRpc(SystemClock(), security=Security(own) if own is not None else None)
+
+    def _tls(self, role: str) -> TlsConfig:
+        if self.certificates is None:
+            return TlsConfig()
+        return TlsConfig(*(str(self.certificates / role / name) for name in ("tls.crt", "tls.key", "ca.crt")))
 
     @property
     def base_url(self) -> str:
@@ -46,16 +66,16 @@ class Stack:
     # --- processes ---
 
     def spec(self, name: str) -> ChildSpec:
-        index = self.config.index
-        log = self.logging
+        config = replace(self.config, tls=self._tls("router" if name == "router" else "worker"))
+        index, log = config.index, self.logging
         if name == "router":
             workers = (
                 tuple(a for n, a in self.addresses.items() if n != "router")
                 if index.index == "memory"
                 else ()
             )
-            return plan.router_spec(self.config, index, log, os.environ, workers)
-        specs = {spec.name: spec for spec in plan.worker_specs(self.config, index, log, os.environ)}
+            return plan.router_spec(config, index, log, os.environ, workers)
+        specs = {spec.name: spec for spec in plan.worker_specs(config, index, log, os.environ)}
         return specs[name]
 
     async def start(self, *names: str) -> None:
@@ -139,6 +159,7 @@ async def running_stack(
     num_decode: int = 1,
     engine: EngineConfig | None = None,
     log_format: str = "auto",
+    certificates: Path | None = None,
     **settings: Any,
 ) -> AsyncIterator[Stack]:
     redis = RedisServer() if index == "redis" else None
@@ -157,7 +178,7 @@ async def running_stack(
     supervisor = Supervisor(lambda name, line: output.append(f"{name}: {line}"), grace_s=15.0)
     workers = [f"prefill-{i}" for i in range(num_prefill)] + [f"decode-{i}" for i in range(num_decode)]
     logging = LogConfig(level="debug", format=log_format)  # type: ignore[arg-type]
-    stack = Stack(config, redis, supervisor, output, logging)
+    stack = Stack(config, redis, supervisor, output, logging, certificates=certificates)
     try:
         async with supervisor:
             if index == "redis":
