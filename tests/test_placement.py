@@ -94,7 +94,7 @@ def test_a_worker_takes_its_share_by_its_speed_and_one_that_is_too_slow_is_spare
         slow = decode("slow", decode_step_s=step_s, decode_seq_s=0.0002, num_seqs=1)
         fast = [decode("fast", decode_seq_s=0.0002, num_seqs=n) for n in (fewer, more)]
         assert [choice([prefill("p")], [slow, each]).decode for each in fast] == ["fast", "slow"], step_s
-    too_slow = decode("slow", decode_step_s=0.06, decode_seq_s=0.0002)
+    too_slow = decode("slow", decode_step_s=0.08, decode_seq_s=0.0002)
     busy = decode("fast", decode_seq_s=0.0002, num_seqs=20)
     assert choice([prefill("p")], [too_slow, busy]).decode == "fast"
 
@@ -153,7 +153,7 @@ def test_a_pair_that_has_not_proven_itself_carries_nothing() -> None:
 
 def test_each_of_several_samples_needs_blocks_of_its_own_beside_those_of_the_prompt() -> None:
     """40 blocks for 640 tokens of prompt, which all share, and 4 more for the answer of each."""
-    nearly_full, slow = decode("d1", num_free_blocks=200), decode("d2", decode_step_s=0.06)
+    nearly_full, slow = decode("d1", num_free_blocks=200), decode("d2", decode_step_s=0.08)
 
     def chosen(num_samples: int) -> Placement | None:
         return place(640, 64, [prefill("p")], [nearly_full, slow], random.Random(0), proven, num_samples)

@@ -63,7 +63,7 @@ def test_a_rate_that_was_measured_on_a_canary_alone_is_hardly_believed() -> None
     """One that had a slow start is not left alone for ever because of it."""
     busy = [prefill(f"p{i}", prefill_tokens_per_s=20_000, num_measured_tokens=4000) for i in (1, 2)]
     new = prefill("p3", prefill_tokens_per_s=4_000, num_measured_tokens=70)
-    rates = Rates.of([*busy, new])
+    rates = Rates.of([*busy, new], [decode("d", prefill_tokens_per_s=1.0)])
     assert rates.compute_s(busy[0], 20_000) == pytest.approx(1.0)
     assert rates.compute_s(new, 20_000) < 1.2
     slow = prefill("p3", prefill_tokens_per_s=4_000, num_measured_tokens=20_000)

@@ -15,8 +15,8 @@ from stack import Stack, running_stack, until
 
 from baton.clock import SystemClock
 from baton.config import RouterConfig
-from baton.messages import FetchOutcome, PrefixSource
-from baton.request import Request, RequestId, SamplingParams, WorkerId
+from baton.messages import FetchOutcome, PrefixSource, Role, WorkerRecord
+from baton.request import Request, RequestId, SamplingParams
 from baton.rpc import GrpcRpc
 from baton_router.fleet import Fleet
 from baton_router.mirror import PrefixMirror
@@ -24,6 +24,7 @@ from baton_router.pipeline import Pipeline
 from baton_router.placement import Placement
 
 NUM_PROMPT, NUM_ANSWER = 400, 600  # an answer that takes far longer to compute than to fetch
+NUM_FIRST = (NUM_PROMPT + NUM_ANSWER - 1) // 16 * 16  # in whole blocks, when it has been answered
 INDEXED_S = 1.5  # until the router has heard of the blocks
 
 
@@ -66,9 +67,76 @@ async def computed(stack: Stack, prompt: list[int]) -> list[int]:
     return answer.tokens
 
 
+@contextlib.asynccontextmanager
+async def router_here(stack: Stack, num_pairs: int) -> AsyncIterator["RouterHere"]:
+    """A second router, in this process: where its requests go is said by the test."""
+    clock = SystemClock()
+    addresses = tuple(address for name, address in stack.addresses.items() if name != "router")
+    config = RouterConfig(workers=addresses)
+    fleet = Fleet(config, GrpcRpc(clock), PrefixMirror(clock), None, clock, ignore)
+    router = RouterHere(fleet, Pipeline(config, fleet, clock, random.Random(0), ignore))
+    running = asyncio.create_task(fleet.run(router.pipeline.trial))
+    try:
+        await until(router.num_pairs, num_pairs, "proven pairs")
+        yield router
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+def ignore(kind: str, /, **fields: object) -> None:
+    pass
+
+
+@dataclass
+class RouterHere:
+    fleet: Fleet
+    pipeline: Pipeline
+
+    async def num_pairs(self) -> int:
+        return len(self.fleet.pairs())
+
+    def workers(self, role: Role) -> list[WorkerRecord]:
+        return [link.record for link in self.fleet.ready() if role in link.record.roles]
+
+    async def ask(
+        self,
+        name: str,
+        prompt: list[int],
+        num_tokens: int,
+        decode: WorkerRecord,
+        source: PrefixSource | None = None,
+        **sampling: Any,
+    ) -> list[int]:
+        """What names have in common up to a blank may share blocks."""
+        [prefill] = self.workers(Role.PREFILL)
+        placed = Placement(prefill.worker_id, decode.worker_id, 0.0, 1, source)
+        self.pipeline._choice._place = lambda chains: placed  # type: ignore[method-assign]
+        params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True, **sampling)
+        request = Request(RequestId(name), tuple(prompt), params, cache_salt=name.partition(" ")[0])
+        parts = [part async for parts in self.pipeline.generate(request, timeout_s=30) for part in parts]
+        return [token for part in parts for token in part.token_ids]
+
+
+def source_of(owner: WorkerRecord, timeout_s: float = 20.0) -> PrefixSource:
+    """Of a first turn."""
+    return PrefixSource(owner.worker_id, owner.address, NUM_FIRST, timeout_s)
+
+
+async def measure_the_way_from_decode(stack: Stack) -> None:
+    """Until it has sent something, an owner's rate is a guess, and whether it is asked as well."""
+    async with router_here(stack, num_pairs=1) as router:
+        [owner] = router.workers(Role.DECODE)
+        prompt = random_tokens("measure", NUM_PROMPT)
+        answer = await router.ask("measure", prompt, NUM_ANSWER, owner)
+        await router.ask("measure again", [*prompt, *answer, 7, 8], 1, owner, source_of(owner))
+    assert (await stack.status("decode-0")).record.load.transfer_bytes_per_s > 0
+
+
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
 async def test_the_second_turn_of_a_chat_is_fetched_and_right(transport: str) -> None:
     async with running_stack(transport=transport) as stack:
+        await measure_the_way_from_decode(stack)
         second, _ = await first_turn(stack, transport)
         await asyncio.sleep(INDEXED_S)
         # What the model says of a prompt is known of computed tokens only.
@@ -88,45 +156,6 @@ async def test_the_second_turn_of_a_chat_is_fetched_and_right(transport: str) ->
 # --- an owner that goes while it is asked ---
 
 
-@contextlib.asynccontextmanager
-async def router_here(stack: Stack) -> AsyncIterator[tuple[Fleet, Pipeline]]:
-    """A second router, in this process: where its requests go can be said from outside."""
-    clock = SystemClock()
-    addresses = tuple(address for name, address in stack.addresses.items() if name != "router")
-    config = RouterConfig(workers=addresses)
-    fleet = Fleet(config, GrpcRpc(clock), PrefixMirror(clock), None, clock, ignore)
-    pipeline = Pipeline(config, fleet, clock, random.Random(0), ignore)
-    running = asyncio.create_task(fleet.run(pipeline.trial))
-    try:
-        await until(lambda: _num_pairs(fleet), 2, "proven pairs")
-        yield fleet, pipeline
-    finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-
-
-def ignore(kind: str, /, **fields: object) -> None:
-    pass
-
-
-async def _num_pairs(fleet: Fleet) -> int:
-    return len(fleet.pairs())
-
-
-def go_to(pipeline: Pipeline, decode: str, source: PrefixSource | None = None) -> None:
-    placed = Placement(WorkerId("prefill-0"), WorkerId(decode), 0.0, 1, source)
-    pipeline._choice._place = lambda chains: placed  # type: ignore[method-assign]
-
-
-async def tokens_of(
-    pipeline: Pipeline, name: str, prompt: list[int], number: int, **sampling: Any
-) -> list[int]:
-    params = SamplingParams(max_tokens=number, temperature=0.0, ignore_eos=True, **sampling)
-    request = Request(RequestId(name), tuple(prompt), params, cache_salt=name.partition(" ")[0])
-    parts = [part async for parts in pipeline.generate(request, timeout_s=30) for part in parts]
-    return [token for part in parts for token in part.token_ids]
-
-
 async def outcomes(stack: Stack) -> dict[str, float]:
     names = FetchOutcome.OK, FetchOutcome.LATE, FetchOutcome.FAILED
     lines = {name: f'baton_prefix_fetch_seconds_count{{outcome="{name}"}}' for name in names}
@@ -135,36 +164,34 @@ async def outcomes(stack: Stack) -> dict[str, float]:
 
 async def test_an_owner_that_hangs_or_is_killed_while_it_is_asked_costs_no_token_and_is_counted() -> None:
     """The owner decodes nothing meanwhile: every answer comes, and is right. What was not fetched was computed."""
-    async with running_stack(index="memory", num_decode=2) as stack, router_here(stack) as (fleet, pipeline):
-        go_to(pipeline, "decode-0")
-        prompts = {}
+    async with (
+        running_stack(index="memory", num_decode=2) as stack,
+        router_here(stack, num_pairs=2) as router,
+    ):
+        owner, decode = router.workers(Role.DECODE)
+        prompts, expected = {}, {}
         for name in ("ok", "scored", "hangs", "killed", "gone"):
             prompt = random_tokens(name, NUM_PROMPT)
-            prompts[name] = [*prompt, *await tokens_of(pipeline, name, prompt, NUM_ANSWER), 7, 8, 9]
-        expected = {}
-        go_to(pipeline, "decode-1")
-        for name, prompt in prompts.items():
-            expected[name] = await tokens_of(pipeline, f"nobody-{name}", prompt, 20)
-        owner = fleet.link(WorkerId("decode-0")).record
+            prompts[name] = [*prompt, *await router.ask(name, prompt, NUM_ANSWER, owner), 7, 8, 9]
+            expected[name] = await router.ask(f"nobody-{name}", prompts[name], 20, decode)
 
         async def fetched(name: str, timeout_s: float = 20.0, **sampling: Any) -> tuple[list[int], int]:
             """The answer, and how much of its prompt the prefill worker had or was given."""
-            num_tokens = (NUM_PROMPT + NUM_ANSWER - 1) // 16 * 16
-            go_to(pipeline, "decode-1", PrefixSource(owner.worker_id, owner.address, num_tokens, timeout_s))
-            tokens = await tokens_of(pipeline, f"{name} again", prompts[name], 20, **sampling)
-            record = pipeline.record(f"{name} again")
+            source, again = source_of(owner, timeout_s), f"{name} again"
+            tokens = await router.ask(again, prompts[name], 20, decode, source, **sampling)
+            record = router.pipeline.record(again)
             assert record is not None
             return tokens, record.num_cached_tokens_prefill
 
-        assert await fetched("ok") == (expected["ok"], (NUM_PROMPT + NUM_ANSWER - 1) // 16 * 16)
+        assert await fetched("ok") == (expected["ok"], NUM_FIRST)
         assert await outcomes(stack) == {"ok": 1, "late": 0, "failed": 0}
         # Whatever a router asks for: what the model says of a prompt is known of computed tokens only.
         assert await fetched("scored", prompt_logprobs=1) == (expected["scored"], 0)
         assert await outcomes(stack) == {"ok": 1, "late": 0, "failed": 0}
         # A ticket for such a prompt counts nothing, which does not mean that the worker holds nothing.
         await asyncio.sleep(INDEXED_S)
-        await tokens_of(pipeline, "scored twice", prompts["scored"], 1, prompt_logprobs=1)
-        assert fleet.mirror.num_stale_claims == 0
+        await router.ask("scored twice", prompts["scored"], 1, decode, prompt_logprobs=1)
+        assert router.fleet.mirror.num_stale_claims == 0
 
         held = NUM_PROMPT // 16 * 16  # what the prefill worker computed itself for the first turn
         await stack.signal("decode-0", signal.SIGSTOP)

@@ -68,11 +68,10 @@ class Rates:
     transfer_bytes_per_s: float
 
     @classmethod
-    def of(cls, workers: Sequence[Candidate]) -> "Rates":
-        """The median of what was measured."""
-        loads = [worker.record.load for worker in workers]
-        prefill = [load.prefill_tokens_per_s for load in loads if load.prefill_tokens_per_s]
-        wire = [load.transfer_bytes_per_s for load in loads if load.transfer_bytes_per_s]
+    def of(cls, prefills: Sequence[Candidate], decodes: Sequence[Candidate]) -> "Rates":
+        """The median of what was measured. What decode workers computed was short, and they may be other machines."""
+        prefill = _measured([w.record.load.prefill_tokens_per_s for w in prefills or decodes])
+        wire = _measured([w.record.load.transfer_bytes_per_s for w in (*prefills, *decodes)])
         return cls(
             median(prefill) if prefill else FALLBACK_PREFILL_TOKENS_PER_S,
             median(wire) if wire else FALLBACK_TRANSFER_BYTES_PER_S,
@@ -92,6 +91,10 @@ class Rates:
         record = sender.record
         num_bytes = num_tokens * record.kv_block_bytes / record.block_size
         return num_bytes / (record.load.transfer_bytes_per_s or self.transfer_bytes_per_s)
+
+
+def _measured(rates: Sequence[float]) -> list[float]:
+    return [rate for rate in rates if rate]
 
 
 def step_lines(decodes: Sequence[Candidate]) -> list[StepLine]:

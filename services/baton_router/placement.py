@@ -29,7 +29,7 @@ from baton_router.costs import Candidate, Rates, pressure_s, step_lines
 
 NEAR, NEAR_S = 1.05, 0.005  # times the cheapest, or a scheduler's whim
 NOISE = 1.25  # between two measurements of the same: a quarter, on a shared host
-SLOWER = 2.0  # no noise is as large as that
+SLOWER = 3.0  # neighbours on a shared host come and go, and double a step for a while
 EXPECTED_OUTPUT_TOKENS = 128
 FETCH_S = 0.005  # what a fetch costs beside the wire: a call, a reservation, a first piece
 FETCH_SLACK_S = 0.25  # a fetch may take so much longer than computing would, before it is given up
@@ -83,7 +83,7 @@ def place(
     """None when there is no decode worker. A pair needs KV that fits (see handshake), a transport in common and a
     proof (see canary); a worker with both roles serves alone, with nothing to send. When there is neither, a decode
     worker serves alone. `can_fetch(owner, p, d)`: may p, who computes for d, take KV from that owner?"""
-    rates = Rates.of([*prefills, *decodes])
+    rates = Rates.of(prefills, decodes)
     owners = _owners([*prefills, *decodes])
     weighed = _weighed(decodes, num_prompt_tokens, min(max_tokens, EXPECTED_OUTPUT_TOKENS), num_samples)
     options: list[_Option] = []

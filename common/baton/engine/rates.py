@@ -1,7 +1,9 @@
 """How fast this worker is, measured on its own steps."""
 
 _DECAY = 0.9  # per step that tells something about the rate: the last dozen of steps decide
-_COUNT_DECAY = 0.99  # of what all this was measured on
+_DECODE_DECAY = (
+    0.99  # of decode steps, which are short: on a shared host a dozen of them tells of the moment only
+)
 _SLOPE_DECAY = 0.98  # per step of another size than usual
 _MIN_SPREAD = 4.0  # squared sequences: less says nothing of what one sequence more costs
 _MIN_SHARE = 0.001  # of a step: no sequence is free
@@ -18,7 +20,6 @@ class StepRates:
 
     def __init__(self) -> None:
         self._decode_steps = self._decode_s = self._decode_seqs = 0.0
-        self.num_decode_steps = 0.0  # decode_step_s was measured by; of a busy worker 100
         self._spread = self._rise = 0.0  # of sequences; of sequences times seconds
         self._prefill_tokens = self._prefill_s = 0.0
         self._swap_bytes = self._swap_s = 0.0
@@ -27,6 +28,11 @@ class StepRates:
     def decode_step_s(self) -> float:
         """0 until measured."""
         return self._decode_s / self._decode_steps if self._decode_steps else 0.0
+
+    @property
+    def num_decode_steps(self) -> float:
+        """That decode_step_s was measured by; 100 of a busy worker."""
+        return self._decode_steps
 
     @property
     def decode_batch_size(self) -> float:
@@ -80,7 +86,6 @@ class StepRates:
         if self._decode_steps and abs(more) >= 0.5:
             self._spread = self._spread * _SLOPE_DECAY + more * more
             self._rise = self._rise * _SLOPE_DECAY + more * (seconds - self.decode_step_s)
-        self.num_decode_steps = self.num_decode_steps * _COUNT_DECAY + 1
-        self._decode_steps = self._decode_steps * _DECAY + 1
-        self._decode_s = self._decode_s * _DECAY + seconds
-        self._decode_seqs = self._decode_seqs * _DECAY + num_seqs
+        self._decode_steps = self._decode_steps * _DECODE_DECAY + 1
+        self._decode_s = self._decode_s * _DECODE_DECAY + seconds
+        self._decode_seqs = self._decode_seqs * _DECODE_DECAY + num_seqs
