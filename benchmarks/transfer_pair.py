@@ -98,7 +98,7 @@ class PoolSink:
     def __init__(self) -> None:
         self._pools = pools(seed=1)
 
-    def open(self, header: PieceHeader) -> Sequence[memoryview]:
+    def open(self, header: PieceHeader, transport: str) -> Sequence[memoryview]:
         pool = self._pools[header.num_bytes // header.num_tokens]
         return pool.blocks(header.token_start, header.num_tokens)
 

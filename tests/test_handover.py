@@ -127,12 +127,14 @@ async def test_pieces_that_only_renew_the_lease_go_over_every_transport(
     async with fleet_of(transport, *PAIR) as fleet:
         _, decode = workers(fleet)
         monkeypatch.setattr("baton.handover.push.HEARTBEAT", 1e-4)
+        # The push waits for all of the prompt.
+        monkeypatch.setattr("baton_router.attempts._begins_ahead", lambda *_: False)
         opened: list[PieceHeader] = []
         open_piece = decode.receiver.open
 
-        def open_and_note(header: PieceHeader) -> Sequence[memoryview]:
+        def open_and_note(header: PieceHeader, transport: str) -> Sequence[memoryview]:
             opened.append(header)
-            return open_piece(header)
+            return open_piece(header, transport)
 
         decode.receiver.open = open_and_note  # type: ignore[method-assign]
         fleet.transfers.clear()
@@ -172,9 +174,9 @@ async def test_a_new_release_speaks_the_old_wire_version_to_an_old_receiver(
         seen: set[int] = set()
         open_piece = decode.receiver.open
 
-        def open_and_note(header: PieceHeader) -> Sequence[memoryview]:
+        def open_and_note(header: PieceHeader, transport: str) -> Sequence[memoryview]:
             seen.add(header.version)
-            return open_piece(header)
+            return open_piece(header, transport)
 
         decode.receiver.open = open_and_note  # type: ignore[method-assign]
         request, expected = question(tokenizer, 1)

@@ -147,9 +147,9 @@ def hand_over(config: FleetConfig, num_tokens: int) -> tuple[TransferReport, lis
             decode = next(w for w in fleet.workers.values() if Role.DECODE in w.record.roles)
             open_piece = decode.receiver.open
 
-            def open_and_note(header: PieceHeader) -> Sequence[memoryview]:
+            def open_and_note(header: PieceHeader, transport: str) -> Sequence[memoryview]:
                 pieces.append((clock.now(), header))
-                return open_piece(header)
+                return open_piece(header, transport)
 
             decode.receiver.open = open_and_note  # type: ignore[method-assign]
             warm = make_request("warm", 20, 2)  # connects

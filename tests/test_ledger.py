@@ -45,7 +45,7 @@ def test_a_hand_over_is_seen_on_both_sides_while_it_lasts() -> None:
             assert "decode-2" in source.note
             assert source.lease_left_s is not None and 0 < source.lease_left_s <= config.transfer.lease_s
             assert target.lease_left_s is not None and 0 < target.lease_left_s <= config.transfer.lease_s
-            assert re.fullmatch(r"\d+% of the KV from prefill-1 has arrived", target.note)
+            assert re.fullmatch(r"\d+% of the KV from prefill-1 has arrived over inproc", target.note)
             client.cancel()
             await asyncio.gather(client, return_exceptions=True)
             await clock.sleep(3.0)

@@ -16,7 +16,7 @@ class _Sink:
     def __init__(self, num_bytes: int) -> None:
         self.data = bytearray(num_bytes)
 
-    def open(self, header: PieceHeader) -> Sequence[memoryview]:
+    def open(self, header: PieceHeader, transport: str) -> Sequence[memoryview]:
         return [memoryview(self.data)]
 
     def close(self, header: PieceHeader, error: TransferError | None) -> None:

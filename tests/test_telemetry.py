@@ -87,7 +87,7 @@ def test_worker_metrics_read_as_they_were_set() -> None:
     metrics.set_blocks(used=3, free=5, total=8)
     metrics.set_load(Load(num_running=2, num_waiting=1))
     metrics.observe_step(0.01, num_prompt_tokens=7, num_output_tokens=2)
-    metrics.observe_transfer(TransferReport("received", "ok", 0.2, 4096, num_mismatches=1))
+    metrics.observe_transfer(TransferReport("received", "ok", 0.2, 4096, 1, transport="shm"))
     metrics.observe_transfer(
         TransferReport("sent", "ok", 0.3, 100, 0, 0.05, "tcp", peer="decode-0", num_pieces=2, wire_s=0.1)
     )
@@ -118,6 +118,8 @@ def test_worker_metrics_read_as_they_were_set() -> None:
     assert value("baton_pair_transfers_total", **pair, outcome="ok") == 1
     names = ("bytes", "pieces", "wire_seconds", "exposed_seconds")
     assert [value(f"baton_pair_{name}_total", **pair) for name in names] == [100, 2, 0.1, 0.05]
+    assert value("baton_transport_sent_bytes_total", transport="tcp") == 100
+    assert value("baton_transport_received_bytes_total", transport="shm") == 4096
     assert value("baton_transport_info", transport="tcp") == 1
     assert value("baton_transport_info", transport="ucx") is None
 

@@ -73,6 +73,7 @@ class Sink:
         self.refuse_open: set[int] = set()
         self.refuse_close: set[int] = set()
         self.headers: list[PieceHeader] = []  # of all pieces that were opened
+        self.transports: set[str] = set()  # that carried them
         self.events: list[tuple[str, int]] = []
         self.errors: dict[int, TransferError | None] = {}
         self.buffers: dict[int, list[bytearray]] = {}
@@ -80,11 +81,12 @@ class Sink:
         self._open: set[int] = set()
         self._final: list[tuple[list[bytearray], bytes]] = []
 
-    def open(self, header: PieceHeader) -> Sequence[memoryview]:
+    def open(self, header: PieceHeader, transport: str) -> Sequence[memoryview]:
         assert self.has_many_senders or not self._open, "two pieces of one connection are open at once"
         if header.sequence in self.refuse_open:
             raise TransferRefused(f"no room for {header.sequence}")
         self.headers.append(header)
+        self.transports.add(transport)
         self.events.append(("open", header.sequence))
         buffers = self.buffers[header.sequence] = [bytearray(size) for size in self.shape(header.num_bytes)]
         self._open.add(header.sequence)
@@ -284,7 +286,9 @@ class TestContract:
 
         run(play)
 
-    def test_header_crosses_unchanged(self, run: Callable[[Play], None]) -> None:
+    def test_header_crosses_unchanged_and_both_ends_name_the_transport(
+        self, run: Callable[[Play], None]
+    ) -> None:
         header = PieceHeader(
             RequestId("ü" * 100), 4294967295, 4294967295, 65535, 65535, 4294967295, 4294967295, 3,
             b"d" * 64, 4294967295, -(2**63),
@@ -295,6 +299,7 @@ class TestContract:
             with pytest.raises(TransferRefused, match="digest"):
                 await connection.push(header, [memoryview(b"abc")], timeout_s=PUSH_S)
             assert world.sink.headers == [header]
+            assert world.sink.transports == {world.receiver.name} == {connection.transport}
 
         run(play)
 
@@ -302,7 +307,7 @@ class TestContract:
         async def play(world: World) -> None:
             others = [world.make(f"sender-{n}") for n in range(3)]
             sink = world.sink
-            sink.open = lambda header: Sink.open(sinks[header.epoch], header)  # type: ignore[method-assign]
+            sink.open = lambda header, name: Sink.open(sinks[header.epoch], header, name)  # type: ignore[method-assign]
             sink.close = lambda header, error: Sink.close(sinks[header.epoch], header, error)  # type: ignore[method-assign]
             sinks = [Sink() for _ in others]
             try:
@@ -763,10 +768,10 @@ class TestTcpOnTheWire:
         sink.has_many_senders = True
         sink_open = sink.open
 
-        def careful_open(header: PieceHeader) -> Sequence[memoryview]:
+        def careful_open(header: PieceHeader, transport: str) -> Sequence[memoryview]:
             if header.num_bytes > 2**20:
                 raise TransferRefused("too large")
-            return sink_open(header)
+            return sink_open(header, transport)
 
         sink.open = careful_open  # type: ignore[method-assign]
         async with transport_of("tcp", piece_timeout_s=0.5) as transport:

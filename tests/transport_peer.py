@@ -18,7 +18,7 @@ HOST = "127.0.0.1"
 
 
 class AcceptEverything:
-    def open(self, header: PieceHeader) -> Sequence[memoryview]:
+    def open(self, header: PieceHeader, transport: str) -> Sequence[memoryview]:
         return [memoryview(bytearray(header.num_bytes))]
 
     def close(self, header: PieceHeader, error: TransferError | None) -> None:

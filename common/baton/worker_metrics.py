@@ -143,12 +143,15 @@ class WorkerMetrics:
             ["transport"],
             registry=registry,
         )
-        self._transport_bytes = Counter(
-            "baton_transport_sent_bytes",
-            "KV bytes sent, by the transport that really carried them.",
-            ["transport"],
-            registry=registry,
-        )
+        self._transport_bytes = {
+            direction: Counter(
+                f"baton_transport_{direction}_bytes",
+                f"KV bytes {direction}, by the transport that really carried them.",
+                ["transport"],
+                registry=registry,
+            )
+            for direction in ("sent", "received")
+        }
 
     def set_blocks(self, *, used: int, free: int, total: int) -> None:
         self._blocks_used.set(used)
@@ -201,7 +204,7 @@ class WorkerMetrics:
         self._transfer_mismatches.labels(report.direction).inc(report.num_mismatches)
         self._pairs.observe(report)
         if report.transport:
-            self._transport_bytes.labels(report.transport).inc(report.num_bytes)
+            self._transport_bytes[report.direction].labels(report.transport).inc(report.num_bytes)
         if report.exposed_s is not None:
             self._transfer_exposed.observe(report.exposed_s)
 
@@ -213,7 +216,8 @@ class WorkerMetrics:
         self._transport.clear()
         for name in names:
             self._transport.labels(name).set(1)
-            self._transport_bytes.labels(name)  # 0 is news too
+            for counter in self._transport_bytes.values():
+                counter.labels(name)  # 0 is news too
 
 
 @contextlib.asynccontextmanager

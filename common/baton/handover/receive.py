@@ -36,6 +36,7 @@ class _Expected:
     digester: Digester
     peer: str  # who sends
     about: dict[str, str]  # fields of the request's events
+    transport: str = ""  # that carries it: of the latest piece
     buffers: dict[Piece, list[memoryview]] = field(default_factory=dict)  # open piece -> where it is written
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -157,6 +158,7 @@ class Receiver:
                 seconds,
                 hand_over.num_bytes,
                 hand_over.num_mismatches,
+                transport=expected.transport,
                 peer=expected.peer,
                 num_pieces=hand_over.num_pieces,
             )
@@ -174,11 +176,12 @@ class Receiver:
                 f"{hand_over.num_open} pieces still open"
             )
             return replace(holder, purpose=Purpose.DRAINING, epoch=hand_over.epoch, note=note)
+        over = f" over {expected.transport}" if expected.transport else ""
         return replace(
             holder,
             epoch=hand_over.epoch,
             lease_left_s=hand_over.lease_end_s - self._clock.now(),
-            note=f"{hand_over.share:.0%} of the KV from {expected.peer or 'somebody'} has arrived",
+            note=f"{hand_over.share:.0%} of the KV from {expected.peer or 'somebody'} has arrived{over}",
         )
 
     @property
@@ -187,7 +190,7 @@ class Receiver:
 
     # --- the transport's side (PieceSink) ---
 
-    def open(self, header: PieceHeader) -> Sequence[memoryview]:
+    def open(self, header: PieceHeader, transport: str = "") -> Sequence[memoryview]:
         expected = self._expected.get(header.request_id)
         try:
             if expected is None:
@@ -202,6 +205,7 @@ class Receiver:
             raise
         buffers = adapt.landing(self._storage, expected.hand_over.block_ids, header)
         expected.buffers[name_of(header)] = buffers
+        expected.transport = transport
         expected.changed.set()
         return buffers
 

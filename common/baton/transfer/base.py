@@ -5,7 +5,7 @@ request, attempt, layers and blocks), and the receiver's `PieceSink` says where 
 not want them.
 
     sender                                     receiver
-    connection.push(header, payload) ------->  sink.open(header) -> buffers, or TransferRefused: drained, not kept
+    connection.push(header, payload) ------->  sink.open(header, transport) -> buffers, or TransferRefused: drained
                                                ... bytes are written into the buffers ...
                                      <-------  sink.close(header, error) -> returns: ack, or raises: refusal
     push returns, or raises TransferRefused / TransferError
@@ -35,8 +35,9 @@ PIECE_TIMEOUT_S = 15.0  # longer than a healthy sender waits for the acknowledge
 
 
 class PieceSink(Protocol):
-    def open(self, header: PieceHeader) -> Sequence[memoryview]:
-        """Writable buffers whose lengths add up to header.num_bytes. Raises TransferRefused: nothing is written."""
+    def open(self, header: PieceHeader, transport: str) -> Sequence[memoryview]:
+        """Writable buffers whose lengths add up to header.num_bytes. `transport` names what carries them. Raises
+        TransferRefused: nothing is written."""
         ...
 
     def close(self, header: PieceHeader, error: TransferError | None) -> None:

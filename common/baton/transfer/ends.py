@@ -170,8 +170,9 @@ class SenderEnd(Connection):
 class ReceiverEnd:
     """One sender's pieces at the sink: `open`, then `close` or `abort`; after either no buffer may be written."""
 
-    def __init__(self, sink: PieceSink) -> None:
+    def __init__(self, sink: PieceSink, transport: str) -> None:
         self._sink = sink
+        self._transport = transport
         self._open: PieceHeader | None = None
         self._refusal: str | None = None
 
@@ -180,7 +181,7 @@ class ReceiverEnd:
         assert self._open is None
         self._refusal = None
         try:
-            buffers = self._sink.open(header)
+            buffers = self._sink.open(header, self._transport)
         except TransferRefused as refusal:
             self._refusal = refusal.message
             return None

@@ -242,7 +242,7 @@ class InprocTransport(Transport):
 
     def accept(self, link: _Link) -> None:
         assert self.sink is not None
-        task = asyncio.create_task(self._receive(link, ReceiverEnd(self.sink)))
+        task = asyncio.create_task(self._receive(link, ReceiverEnd(self.sink, self.name)))
         link.cut_receiver = task.cancel
         self._network.add(link)
         self._receiving[task] = None

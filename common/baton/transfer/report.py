@@ -17,7 +17,7 @@ class TransferReport:
     exposed_s: float | None = (
         None  # from the end of the prompt's computation to the end; where known: ok and sent
     )
-    transport: str = ""  # that carried it; where known: sent
+    transport: str = ""  # that carried it, the last piece at least; empty where nothing was carried
     peer: str = ""  # worker at the other end
     num_pieces: int = 0  # that were acknowledged
     wire_s: float = 0.0  # during which at least one piece was on the wire; where known: sent

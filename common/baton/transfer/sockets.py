@@ -146,7 +146,7 @@ class SocketTransport(Transport):
                 log.warning("cannot accept a KV connection: %s", error.strerror)
                 await self._clock.sleep(ACCEPT_AGAIN_S)
                 continue
-            task = asyncio.create_task(self._receive(sock, ReceiverEnd(sink), self._name_of(peer)))
+            task = asyncio.create_task(self._receive(sock, ReceiverEnd(sink, self.name), self._name_of(peer)))
             self._receiving.add(task)
             task.add_done_callback(self._receiving.discard)
 

@@ -125,7 +125,7 @@ class UcxTransport(Transport):
             except TransferError as error:
                 log.warning("cannot accept a KV connection: %s", error)
                 continue
-            self._keep(self._receiving, self._receive(line, ReceiverEnd(sink), _label(address)))
+            self._keep(self._receiving, self._receive(line, ReceiverEnd(sink, self.name), _label(address)))
 
     def _read_hello(self, message: memoryview) -> tuple[bytes, int]:
         framing.check_hello(message)
