@@ -193,7 +193,7 @@ def test_each_of_ten_thousand_faults_is_noticed(part: int) -> None:
         if target.hand_over.state not in (State.RESERVED, State.RECEIVING) or trial % 3 == 0:
             target = Target(rng)
         number, fault = rng.randrange(4), rng.choice(FAULTS)
-        before = set(target.hand_over._done)
+        before = set(target.hand_over._tally.done)
         if (0, number) in before:
             continue_with = [n for n in range(4) if (0, n) not in before]
             number = rng.choice(continue_with)
@@ -208,7 +208,7 @@ def test_each_of_ten_thousand_faults_is_noticed(part: int) -> None:
         assert target.hand_over.state is not State.VERIFIED or fault in (duplicate, claimed_twice)
         if trial % 3 == 2 and target.hand_over.state is State.RECEIVING:
             for each in GOOD:
-                if (0, each.header.sequence) not in target.hand_over._done:
+                if (0, each.header.sequence) not in target.hand_over._tally.done:
                     target.take(*each)
             assert target.hand_over.state is State.VERIFIED
             assert target.content() == right_content(target.pool)

@@ -62,8 +62,8 @@ class World:
         sending, receiving = self.sending, self.receiving
         return (
             sending.state, sending.num_left, sending.num_in_flight, sending.succeeded, receiving.state,
-            receiving.ending, tuple(sorted(receiving._open)), tuple(sorted(receiving._done)),
-            tuple(sorted(receiving._num_rejected.items())), self.source.owner, self.target.owner,
+            receiving.ending, tuple(sorted(receiving._open)), tuple(sorted(receiving._tally.done)),
+            tuple(sorted(receiving._tally.num_rejected.items())), self.source.owner, self.target.owner,
             tuple(self.num_sends), tuple(sorted(self.on_the_way)), tuple(sorted(self.landing)),
             self.is_duplicated, self.stale_came, self.receiver_dead,
         )  # fmt: skip
@@ -71,8 +71,10 @@ class World:
     def clone(self) -> "World":
         """By hand, which is ten times as fast as deepcopy."""
         receiving = copy.copy(self.receiving)
-        for name in ("_open", "_done", "_num_rejected", "_num_pieces"):
-            setattr(receiving, name, copy.copy(getattr(receiving, name)))
+        receiving._open = copy.copy(receiving._open)
+        tally = receiving._tally = copy.copy(receiving._tally)
+        for name in ("done", "num_rejected", "_num_pieces"):
+            setattr(tally, name, copy.copy(getattr(tally, name)))
         receiving._coverage = copy.copy(receiving._coverage)
         receiving._coverage._boxes = list(receiving._coverage._boxes)
         return replace(
@@ -92,7 +94,7 @@ class World:
         if receiving.state is State.FREE:
             assert not self.landing
         if receiving.state is State.LIVE:
-            assert self.target.owner == "engine" and len(receiving._done) == 2
+            assert self.target.owner == "engine" and len(receiving._tally.done) == 2
         if self.sending.succeeded:
             assert receiving.state in (State.VERIFIED, State.LIVE) or receiving.ending is not None
 

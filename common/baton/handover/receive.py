@@ -20,7 +20,8 @@ from baton.request import BlockId, Request, RequestId
 from baton.transfer import adapt
 from baton.transfer.digest import Digester, mismatch
 from baton.transfer.report import OnTransfer, Outcome, TransferReport, ignore
-from baton.transfer.session import HandOver, Piece, State, name_of
+from baton.transfer.session import HandOver, State
+from baton.transfer.tally import Piece, name_of
 from baton.transfer.wire import PieceHeader
 
 _OUTCOMES: dict[State, Outcome] = {

@@ -23,7 +23,6 @@ piece once more, MAX_SENDS times in all. Nothing of a rejected piece counts, so 
 """
 
 import enum
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -31,12 +30,10 @@ from baton.errors import TransferError, TransferRefused
 from baton.kv.layout import KVLayout
 from baton.request import BlockId, RequestId
 from baton.transfer.coverage import Coverage
+from baton.transfer.tally import Piece, Tally, name_of
 from baton.transfer.wire import ELEMENT_BYTES, Box, PieceHeader
 
 MAX_SENDS = 3  # of one piece
-MAX_SHARDS = 64  # senders of one hand-over
-
-Piece = tuple[int, int]  # shard and sequence number
 
 
 class State(enum.Enum):
@@ -86,21 +83,18 @@ class HandOver:
     state: State = State.RESERVED
     ending: State | None = None  # which of CANCELLED, EXPIRED, FAILED it was
     reason: str = ""
-    first_token: int = -1
     num_bytes: int = 0
     opened_s: float | None = None
     closed_s: float | None = None
     _open: dict[Piece, Box] = field(default_factory=dict)  # a transport writes them now
-    _done: set[Piece] = field(default_factory=set)
-    _num_rejected: Counter[Piece] = field(default_factory=Counter)
-    _num_shards: int = 0  # known once a piece is closed
-    _num_pieces: dict[int, int] = field(default_factory=dict)  # of each shard whose last piece came
+    _tally: Tally = field(init=False)
     _coverage: Coverage = field(init=False)  # by closed pieces
 
     def __post_init__(self) -> None:
         layers = (0, self.layout.num_layers)
         wanted = Box(self.first_token_to_send, self.num_tokens, *layers, *self.layout.heads)
         self._coverage = Coverage(wanted)
+        self._tally = Tally(is_prefix=self.is_prefix)
 
     # --- pieces ---
 
@@ -124,22 +118,18 @@ class HandOver:
             return
         self.lease_end_s = now_s + self.lease_s
         self.num_bytes += header.num_bytes
-        self._num_shards = header.num_shards
-        self._done.add(name_of(header))
+        self._tally.add(header)
         self._coverage.add(box)
-        if header.is_last:
-            self._num_pieces[header.shard] = header.num_pieces
-            self.first_token = header.first_token
-        if len(self._num_pieces) == self._num_shards and len(self._done) == sum(self._num_pieces.values()):
+        if self._tally.is_complete:
             self._finish(now_s)
 
     def reject(self, header: PieceHeader) -> None:
         """All bytes of the piece came and they are not what the header promised. The lease is not renewed."""
         del self._open[name_of(header)]
-        self._num_rejected[name_of(header)] += 1
+        self._tally.num_rejected[name_of(header)] += 1
         if self._drained():
             return
-        if self._num_rejected[name_of(header)] == MAX_SENDS:
+        if self._tally.num_rejected[name_of(header)] == MAX_SENDS:
             self.end(State.FAILED, f"piece {header.sequence} did not match its digest {MAX_SENDS} times")
 
     def _drained(self) -> bool:
@@ -155,10 +145,8 @@ class HandOver:
             raise TransferRefused(f"the hand-over of {self.request_id} is {self.state.name.lower()}")
         if header.epoch != self.epoch:
             raise TransferRefused(f"piece of epoch {header.epoch}, expected {self.epoch}")
-        if name_of(header) in self._done or name_of(header) in self._open:
-            raise TransferRefused(f"piece {header.sequence} came twice")
+        self._tally.check(header, self._open)
         self._check_place(header)
-        self._check_count(header)
 
     def _check_place(self, header: PieceHeader) -> None:
         box, wanted = header.box, self._coverage.wanted
@@ -179,26 +167,6 @@ class HandOver:
             )
         if any(map(box.overlaps, self._open.values())) or self._coverage.overlaps(box):
             raise TransferRefused("two pieces claim the same tokens, layers and heads")
-
-    def _check_count(self, header: PieceHeader) -> None:
-        if not header.shard < header.num_shards <= MAX_SHARDS:
-            raise TransferRefused(f"shard {header.shard} of {header.num_shards}")
-        if self._num_shards not in (0, header.num_shards):
-            raise TransferRefused(f"a piece of {header.num_shards} shards, others were of {self._num_shards}")
-        num_pieces = self._num_pieces.get(header.shard)
-        if num_pieces is not None and (header.is_last or header.sequence >= num_pieces):
-            raise TransferRefused("a piece after the last one")
-        if header.is_last and not self.is_prefix and header.first_token < 0:
-            raise TransferRefused("the last piece carries no first token")
-        if self.is_prefix and header.first_token >= 0:
-            raise TransferRefused("a prefix with a first token")
-        if header.is_last and self.first_token not in (-1, header.first_token):
-            raise TransferRefused("two shards say different first tokens")
-        seen = [sequence for shard, sequence in (*self._done, *self._open) if shard == header.shard]
-        if header.is_last and (
-            header.sequence != header.num_pieces - 1 or max(seen, default=-1) >= header.num_pieces
-        ):
-            raise TransferRefused(f"piece {header.sequence} says it is the last of {header.num_pieces}")
 
     def _finish(self, now_s: float) -> None:
         if not self._coverage.is_complete:
@@ -230,13 +198,18 @@ class HandOver:
         return True
 
     @property
+    def first_token(self) -> int:
+        """-1 while no last piece came, and of a prefix."""
+        return self._tally.first_token
+
+    @property
     def num_mismatches(self) -> int:
-        return self._num_rejected.total()
+        return self._tally.num_rejected.total()
 
     @property
     def num_pieces(self) -> int:
         """That matched their digest."""
-        return len(self._done)
+        return len(self._tally.done)
 
     @property
     def num_open(self) -> int:
@@ -250,10 +223,6 @@ class HandOver:
     def _move(self, to: State) -> None:
         assert to in TRANSITIONS[self.state], f"{self.state} -> {to}"
         self.state = to
-
-
-def name_of(header: PieceHeader) -> Piece:
-    return header.shard, header.sequence
 
 
 class Departure(enum.Enum):
