@@ -253,7 +253,9 @@ async def test_a_bit_flipped_once_is_sent_again_and_the_answer_is_right(tokenize
         flipped: set[int] = set()
 
         def close_flipped_once(header: PieceHeader, error: TransferError | None) -> None:
-            buffers = decode.receiver._expected[header.request_id].buffers[header.shard, header.sequence]
+            buffers = (
+                decode.receiver._expected[header.request_id].landings[header.shard, header.sequence].buffers
+            )
             if buffers and header.sequence not in flipped:
                 flipped.add(header.sequence)
                 buffers[-1][-1] ^= 1
@@ -276,7 +278,9 @@ async def test_a_bit_flipped_on_the_wire_never_becomes_a_token(tokenizer: Tokeni
         close = decode.receiver.close
 
         def close_flipped(header: PieceHeader, error: TransferError | None) -> None:
-            buffers = decode.receiver._expected[header.request_id].buffers[header.shard, header.sequence]
+            buffers = (
+                decode.receiver._expected[header.request_id].landings[header.shard, header.sequence].buffers
+            )
             if buffers:
                 buffers[0][7] ^= 16
             close(header, error)

@@ -24,8 +24,8 @@ def pool_of(layout: KVLayout) -> KVStorage:
 
 
 def pieces(layout: KVLayout) -> list[PieceHeader]:
-    """Cut in the middle of blocks and of layers, the first tokens left out."""
-    ranges = [(5, 40), (40, 90), (90, NUM_TOKENS)]
+    """Cut in the middle of blocks and of layers, and between blocks; the first tokens left out."""
+    ranges = [(5, 40), (40, 64), (64, 128), (128, NUM_TOKENS)]
     cuts = [(start, end, layers) for start, end in ranges for layers in ((0, 1), (1, 3))]
     return [
         whole(layout, end, start, layer_start=layers[0], layer_end=layers[1], sequence=n,
@@ -76,6 +76,23 @@ def test_a_copy_holds_the_blocks_it_was_asked_for() -> None:
     assert bytes(pool.data[table(pool.layout, 40)[1], start : start + 4].tolist()) == b"abcd"
     with pytest.raises(KeyError):
         copy.region(table(pool.layout, NUM_TOKENS)[5], 1, 2)
+
+
+def test_whole_blocks_come_into_blank_memory_and_change_nothing_before_they_are_stored() -> None:
+    pool = pool_of(layout_of(16))
+    ids, before = table(pool.layout, NUM_TOKENS), pool.data.clone()
+    loaded: list[object] = []
+    storage = StagedStorage(pool)
+    storage.load = lambda *blocks: loaded.append(blocks)
+    landing = adapt.landing(storage, ids, whole(pool.layout, 64, 32))
+    for buffer in landing.buffers:
+        buffer[:] = b"\x5a" * len(buffer)
+    assert torch.equal(pool.data, before)
+    landing.land()
+    assert not loaded
+    assert (pool.data[list(ids[2:4])] == 0x5A).all()
+    others = [row for row in range(pool.num_blocks) if row not in ids[2:4]]
+    assert torch.equal(pool.data[others], before[others])
 
 
 def test_a_pool_that_the_host_can_address_is_not_copied() -> None:

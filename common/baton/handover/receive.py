@@ -38,7 +38,7 @@ class _Expected:
     peer: str  # who sends
     about: dict[str, str]  # fields of the request's events
     transport: str = ""  # that carries it: of the latest piece
-    buffers: dict[Piece, list[memoryview]] = field(default_factory=dict)  # open piece -> where it is written
+    landings: dict[Piece, adapt.Landing] = field(default_factory=dict)  # of the open pieces
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -204,21 +204,21 @@ class Receiver:
             known = {"request": header.request_id} if expected is None else expected.about
             self._emit("piece.refused", **known, piece=header.sequence, why=refusal.message)
             raise
-        buffers = adapt.landing(self._storage, expected.hand_over.block_ids, header)
-        expected.buffers[name_of(header)] = buffers
+        landing = adapt.landing(self._storage, expected.hand_over.block_ids, header)
+        expected.landings[name_of(header)] = landing
         expected.transport = transport
         expected.changed.set()
-        return buffers
+        return landing.buffers
 
     def close(self, header: PieceHeader, error: TransferError | None) -> None:
         expected = self._expected[header.request_id]  # stays until FREE, so it is there for every open piece
-        buffers = expected.buffers.pop(name_of(header))
+        landing = expected.landings.pop(name_of(header))
         expected.changed.set()
         layout = self._storage.layout
-        if error is None and expected.digester.digest(header, layout, buffers) != header.digest:
+        if error is None and expected.digester.digest(header, layout, landing.buffers) != header.digest:
             self._reject(expected, header)
-        if error is None and not adapt.lands_in_place(self._storage, header) and buffers:
-            adapt.scatter(buffers[0], self._storage, expected.hand_over.block_ids, header)
+        if error is None:
+            landing.land()
         expected.hand_over.close(header, error, self._clock.now())
 
     def _reject(self, expected: _Expected, header: PieceHeader) -> None:

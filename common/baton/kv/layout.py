@@ -123,5 +123,9 @@ class DeviceStorage(ABC):
     def load(self, block_ids: Sequence[BlockId], layer_start: int, layer_end: int) -> HostCopy:
         """These blocks as they are now."""
 
+    @abstractmethod
+    def blank(self, block_ids: Sequence[BlockId], layer_start: int, layer_end: int) -> HostCopy:
+        """Memory for these blocks, with anything in it: to be stored when all of it has been written."""
+
 
 Storage: TypeAlias = BlockStorage | DeviceStorage  # what a hand-over reads from and writes to

@@ -3,9 +3,9 @@
     out   load    device blocks are gathered on the device, then copied to the host in one go
     in    load, what came is written into the copy, store
 
-Loading before storing keeps what a piece does not carry: other tokens of the same block, other heads. Copies have a
-stream of their own, so the caller waits for them alone and not for the step that runs: KV that leaves was written by a
-step that has ended, and KV that comes is in no batch yet.
+Loading before storing keeps what a piece does not carry: other tokens of the same block, other heads. A piece of whole
+blocks comes into blank memory instead. Copies have a stream of their own, so the caller waits for them alone and not for
+the step that runs: KV that leaves was written by a step that has ended, and KV that comes is in no batch yet.
 """
 
 import contextlib
@@ -39,7 +39,6 @@ class PinnedCopy(BlockStorage):
         self._rows = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
         with copies.done():
             self._ids = torch.tensor(list(self._row), dtype=torch.int64, device=pool.data.device)
-            self._rows.copy_(self._columns.index_select(0, self._ids), non_blocking=True)
         self._bytes = self._rows.view(-1).numpy().data
 
     @property
@@ -54,6 +53,10 @@ class PinnedCopy(BlockStorage):
         start = self._row[block_id] * self._rows.shape[1] - self._start
         offsets = self.layout.layer_offsets
         return self._bytes[start + offsets[layer_start] : start + offsets[layer_end]]
+
+    def load(self) -> None:
+        with self._copies.done():
+            self._rows.copy_(self._columns.index_select(0, self._ids), non_blocking=True)
 
     def store(self) -> None:
         with self._copies.done():
@@ -90,6 +93,11 @@ class StagedStorage(DeviceStorage):
         return self._pool.layout
 
     def load(self, block_ids: Sequence[BlockId], layer_start: int, layer_end: int) -> PinnedCopy:
+        copy = self.blank(block_ids, layer_start, layer_end)
+        copy.load()
+        return copy
+
+    def blank(self, block_ids: Sequence[BlockId], layer_start: int, layer_end: int) -> PinnedCopy:
         return PinnedCopy(self._pool, block_ids, layer_start, layer_end, self._copies)
 
 

@@ -10,6 +10,7 @@ to the nearest, ties to even, as everywhere else.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,16 +42,24 @@ def can_convert(source: str, target: str) -> bool:
     return source == target or "uint8" not in (source, target)
 
 
-def lands_in_place(storage: Storage, header: PieceHeader) -> bool:
-    """Whether the receiver of this header writes what comes straight into its pool."""
-    return not isinstance(storage, DeviceStorage) and fits(storage.layout, header)
+class Landing(NamedTuple):
+    """Where the receiver of a piece has it written."""
+
+    buffers: list[memoryview]
+    land: Callable[[], None]  # once its digest matched: what came is in the pool afterwards
 
 
-def landing(storage: Storage, block_ids: Sequence[BlockId], header: PieceHeader) -> list[memoryview]:
-    """Where the receiver of this header has it written: in the pool, or in memory from which it is scattered."""
-    if not isinstance(storage, DeviceStorage) and fits(storage.layout, header):
-        return views(storage, block_ids, header)
-    return [memoryview(bytearray(header.num_bytes))] if header.num_bytes else []
+def landing(storage: Storage, block_ids: Sequence[BlockId], header: PieceHeader) -> Landing:
+    """In the pool itself, in a copy of whole blocks, or in memory from which it is scattered."""
+    if fits(storage.layout, header) and not isinstance(storage, DeviceStorage):
+        return Landing(views(storage, block_ids, header), _nothing)
+    if isinstance(storage, DeviceStorage) and _is_whole_blocks(storage.layout, header):
+        copy = storage.blank(*_touched(storage, block_ids, header))
+        return Landing(views(copy, block_ids, header), copy.store)
+    memory = memoryview(bytearray(header.num_bytes))
+    if not memory:
+        return Landing([], _nothing)
+    return Landing([memory], partial(scatter, memory, storage, block_ids, header))
 
 
 def payload(storage: Storage, block_ids: Sequence[BlockId], header: PieceHeader) -> list[memoryview]:
@@ -107,11 +116,26 @@ def scatter(payload: memoryview, storage: Storage, block_ids: Sequence[BlockId],
                     target[:, heads] = values[offset : offset + len(target)]
 
 
+def _nothing() -> None:
+    pass
+
+
+def _is_whole_blocks(layout: KVLayout, header: PieceHeader) -> bool:
+    ends = header.token_start, header.token_end
+    return header.num_bytes > 0 and fits(layout, header) and not any(end % layout.block_size for end in ends)
+
+
 def _load(storage: DeviceStorage, block_ids: Sequence[BlockId], header: PieceHeader) -> HostCopy:
-    """The blocks of this piece."""
+    return storage.load(*_touched(storage, block_ids, header))
+
+
+def _touched(
+    storage: Storage, block_ids: Sequence[BlockId], header: PieceHeader
+) -> tuple[Sequence[BlockId], int, int]:
+    """The blocks and layers of this piece."""
     size = storage.layout.block_size
-    touched = block_ids[header.token_start // size : -(-header.token_end // size)]
-    return storage.load(touched, header.layer_start, header.layer_end)
+    blocks = block_ids[header.token_start // size : -(-header.token_end // size)]
+    return blocks, header.layer_start, header.layer_end
 
 
 def _gather(storage: BlockStorage, block_ids: Sequence[BlockId], header: PieceHeader) -> list[memoryview]:
