@@ -4,8 +4,8 @@
     in    load, what came is written into the copy, store
 
 Loading before storing keeps what a piece does not carry: other tokens of the same block, other heads. A piece of whole
-blocks comes into blank memory instead. Copies have a stream of their own, so the caller waits for them alone and not for
-the step that runs: KV that leaves was written by a step that has ended, and KV that comes is in no batch yet.
+blocks comes into blank memory instead. Copies have a stream of their own, so the caller waits for them alone and not
+for the step that runs: KV that leaves was written by a step that has ended, and KV that comes is in no batch yet.
 """
 
 import contextlib
