@@ -75,7 +75,7 @@ class AttentionSwap:
 
 
 class _Tape(Echo):
-    """Answers with what was asked."""
+    """Notes what the last module handed over."""
 
     def __init__(self) -> None:
         self.heads: tuple[Tensor, ...] = ()  # q, k, v
@@ -85,7 +85,7 @@ class _Tape(Echo):
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Options
     ) -> Tensor:
         self.heads, self.options = (query, key, value), options
-        return query
+        return super().attend(module, query, key, value, options)
 
 
 def _successor(packer: NativePacker, module: Any, call: Call) -> nn.Module | None:
