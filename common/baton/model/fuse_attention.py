@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from baton.model.attention import Attend, Echo, Options
 from baton.model.packed import NativePacker, close
+from baton.model.rotated import Witness, looks_rotated
 
-_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_NORMS = {"q_norm", "k_norm"}
 _SAMPLE = ([0, 1, 0, 1], [0, 1, 5, 11])  # tokens and their positions
 
 Call = dict[str, Any]
@@ -74,22 +73,8 @@ class AttentionSwap:
         return _successor(self._packer, module, call)
 
 
-class _Tape(Echo):
-    """Notes what the last module handed over."""
-
-    def __init__(self) -> None:
-        self.heads: tuple[Tensor, ...] = ()  # q, k, v
-        self.options: Options | None = None
-
-    def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Options
-    ) -> Tensor:
-        self.heads, self.options = (query, key, value), options
-        return super().attend(module, query, key, value, options)
-
-
 def _successor(packer: NativePacker, module: Any, call: Call) -> nn.Module | None:
-    told, heard = _Tape(), _Tape()
+    told, heard = Witness(), Witness()
     expected = module(**call | {"baton_batch": told})
     linears = (module.q_proj, module.k_proj, module.v_proj)
     if told.options is None or len(expected) != 2:
@@ -121,7 +106,7 @@ def _calls(model: nn.Module) -> dict[nn.Module, Call]:
     hooks = [
         module.register_forward_pre_hook(note, with_kwargs=True)
         for module in model.modules()
-        if _looks_right(module)
+        if looks_rotated(module)
     ]
     token_ids, positions = (torch.tensor([row]) for row in _SAMPLE)
     try:
@@ -133,16 +118,6 @@ def _calls(model: nn.Module) -> dict[nn.Module, Call]:
         for hook in hooks:
             hook.remove()
     return calls
-
-
-def _looks_right(module: nn.Module) -> bool:
-    children = dict(module.named_children())
-    if children.keys() not in (_PARTS, _PARTS | _NORMS) or not hasattr(module, "layer_idx"):
-        return False
-    linears = [children[name] for name in _PARTS]
-    if not all(type(linear) is nn.Linear for linear in linears):
-        return False
-    return len({children[name].bias is None for name in _PARTS - {"o_proj"}}) == 1
 
 
 def _is_rotated(call: Call, weight: Tensor) -> bool:

@@ -10,22 +10,19 @@ attention, and give the same output, or it stays as it was.
 
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from baton.model.attention import Attend, Echo, Options, step_of
+from baton.model.attention import Attend, Options, step_of
 from baton.model.packed import close
-from baton_kernels.naive import rope
+from baton.model.rotated import PROJECTIONS, Witness, looks_rotated
 
 _log = logging.getLogger(__name__)
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-_NORMS = {"q_norm", "k_norm"}  # of each head, before it is turned
 _POSITIONS = (0, 1, 2, 3, 5, 8, 13, 21)  # of the sample, no two distances alike
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 Forward = Callable[..., tuple[Tensor, None]]
 
@@ -33,7 +30,7 @@ Forward = Callable[..., tuple[Tensor, None]]
 @torch.inference_mode()
 def fuse_attention(model: nn.Module) -> int:
     """How many modules were swapped. Their weights stay where they are seen, as parts of a merged one."""
-    candidates = [_Trial(module) for module in model.modules() if _is_candidate(module)]
+    candidates = [_Trial(module) for module in model.modules() if looks_rotated(module)]
     _run_sample(model)
     swapped = [trial for trial in candidates if trial.ends()]
     _log.info("attention with one projection and RoPE in the write: %d layers", len(swapped))
@@ -44,7 +41,7 @@ class FusedAttention:
     """The `forward` of an attention module. Not a module: the layer stays what the model's code knows."""
 
     def __init__(self, module: Any, options: Options) -> None:
-        linears = [getattr(module, name) for name in _PROJECTIONS]
+        linears = [getattr(module, name) for name in PROJECTIONS]
         self._module = module
         self._options = options
         self._sizes = [linear.out_features for linear in linears]
@@ -54,7 +51,7 @@ class FusedAttention:
 
     def give_weights(self) -> None:
         """The projections become views of the merged weight, so that there is one copy."""
-        for name, part in zip(_PROJECTIONS, torch.split(self._weight, self._sizes), strict=True):
+        for name, part in zip(PROJECTIONS, torch.split(self._weight, self._sizes), strict=True):
             getattr(self._module, name).weight.data = part
 
     def __call__(
@@ -74,28 +71,6 @@ class FusedAttention:
         cos, sin = (x[0, :, : x.shape[-1] // 2] for x in position_embeddings)
         out = step.attend(module, query, key, value, self._options._replace(rope=(cos, sin)))
         return module.o_proj(out.flatten(1))[None], None
-
-
-class _Handed(NamedTuple):
-    """What a module hands to the attention."""
-
-    tensors: tuple[Tensor, Tensor, Tensor]  # query, key, value, turned
-    options: Options
-
-
-class _Witness(Echo):
-    """Notes what the last module handed over."""
-
-    def __init__(self) -> None:
-        self.handed: _Handed | None = None
-
-    def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: Options
-    ) -> Tensor:
-        if options.rope is not None:
-            query, key = (rope(x, *options.rope) for x in (query, key))
-        self.handed = _Handed((query, key, value), options)
-        return super().attend(module, query, key, value, options)
 
 
 class _Trial:
@@ -126,31 +101,19 @@ class _Trial:
 
     def _try(self, expected: Tensor, hidden_states: Tensor, others: dict[str, Any]) -> FusedAttention | None:
         step: Any = step_of(self._module, others.get("baton_batch"))
-        theirs: _Handed = step.handed
-        new = FusedAttention(self._module, theirs.options._replace(others={}))
+        theirs = step.heads
+        new = FusedAttention(self._module, step.options._replace(others={}))
         out, _ = new(hidden_states, **others)
-        pairs = zip((out, *step.handed.tensors), (expected, *theirs.tensors), strict=True)
+        pairs = zip((out, *step.heads), (expected, *theirs), strict=True)
         return new if all(_agree(ours, wanted) for ours, wanted in pairs) else None
 
 
 def _agree(ours: Tensor, wanted: Tensor) -> bool:
-    return ours.shape == wanted.shape and close(ours, wanted, _TOLERANCES.get(wanted.dtype, 0.0))
-
-
-def _is_candidate(module: nn.Module) -> bool:
-    children = dict(module.named_children())
-    if children.keys() - _NORMS != {*_PROJECTIONS, "o_proj"}:
-        return False
-    linears = [children[name] for name in _PROJECTIONS]
-    return (
-        all(type(linear) is nn.Linear for linear in linears)
-        and len({linear.bias is None for linear in linears}) == 1
-        and len(children.keys() & _NORMS) in (0, 2)
-    )
+    return ours.shape == wanted.shape and close(ours, wanted)
 
 
 def _run_sample(model: nn.Module) -> None:
     device = next(model.parameters()).device
     positions = torch.tensor([_POSITIONS], device=device)
     ids = torch.arange(len(_POSITIONS), device=device)[None] % 2
-    model(input_ids=ids, position_ids=positions, use_cache=False, baton_batch=_Witness())
+    model(input_ids=ids, position_ids=positions, use_cache=False, baton_batch=Witness())
