@@ -21,11 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
-from bench_fleet import fleet
 from bench_kernels import Machine, measure_machine, versions
-from handover_ttft import ask, wait_for_pair
+from handover_ttft import NUM_TOKENS, HandOver, compare
 from machine import describe_machine, spread
 
 from baton.demo_task import DEMO_MODEL_DIR
@@ -44,7 +42,7 @@ MODEL = {
 }
 LOADS = ((1, 1024), (32, 1024), (128, 1024), (32, 4096))  # sequences, tokens of each prompt
 NUM_STEPS = 128
-HAND_OVER_TOKENS, NUM_PAIRS = 2000, 10
+NUM_PAIRS = 10
 Measured = tuple[float, float]  # seconds of the prompts, seconds of a decode step
 
 
@@ -122,27 +120,11 @@ def measure_transformers(directory: Path) -> list[list[Measured]]:
     return [measure(generate, *load, rounds=1) for load in LOADS]
 
 
-def measure_hand_over(directory: Path) -> list[tuple[float, float, float, float]]:
-    """ms of each prompt: to the first token by two workers and by one, and from the first to the second."""
+def measure_hand_over(directory: Path) -> HandOver:
     # The pool has a fixed size: how much is free is uncertain while other workers of the same card start.
-    flags = f"--model {directory} --dtype bfloat16 --block-size 64 --num-blocks 512 --index memory".split()
+    flags = ["--dtype", "bfloat16", "--block-size", "64", "--num-blocks", "512", "--index", "memory"]
     flags += ["--max-num-batched-tokens", "8192", "--max-model-len", "8192"]
-    rng, found = random.Random(1), []
-    with (
-        fleet(*flags, "--transport", "shm", "--prefill", "1", "--decode", "1") as pair_url,
-        fleet(*flags, "--prefill", "0", "--decode", "1") as alone_url,
-        httpx.Client(timeout=60) as client,
-    ):
-        wait_for_pair(client, pair_url)
-        for number in range(NUM_PAIRS + 2):
-            [prompt] = prompts(rng, 1, HAND_OVER_TOKENS)
-            times = {url: ask(client, url, prompt, str(directory)) for url in (pair_url, alone_url)}
-            if number >= 2:
-                (first, second), (alone_first, alone_second) = times[pair_url], times[alone_url]
-                found.append(
-                    tuple(1e3 * s for s in (first, alone_first, second - first, alone_second - alone_first))
-                )
-    return found
+    return compare(NUM_PAIRS, range(128000), str(directory), flags)
 
 
 def floor_s(machine: Machine, num_parameters: int, num: int, length: int) -> float:
@@ -175,11 +157,7 @@ def table(
     return lines
 
 
-def page(
-    machine: Machine, lines: list[str], handed: list[tuple[float, float, float, float]], rounds: int
-) -> str:
-    added = [pair - alone for pair, alone, *_ in handed]
-    columns = [spread(list(column)) for column in zip(*handed, strict=True)]
+def page(machine: Machine, lines: list[str], handed: HandOver, rounds: int) -> str:
     text = [
         "# The engine on a GPU",
         "",
@@ -191,17 +169,16 @@ def page(
         "",
         *lines,
     ]
-    if handed:
-        text += [
-            "",
-            f"Prompts of {HAND_OVER_TOKENS:,} tokens, {len(handed)} of them, one at a time; processes on this card:",
-            "",
-            "| | TTFT ms | second token ms later |",
-            "|---|---|---|",
-            f"| two workers, KV through shared memory | {columns[0]} | {columns[2]} |",
-            f"| decode worker alone | {columns[1]} | {columns[3]} |",
-            f"| difference, pair by pair | {spread(added)} | |",
-        ]
+    text += [
+        "",
+        f"Prompts of {NUM_TOKENS:,} tokens, {NUM_PAIRS} of them, one at a time; processes on this card:",
+        "",
+        "| | TTFT ms | second token ms later |",
+        "|---|---|---|",
+        f"| two workers, KV through shared memory | {spread(handed.pair_ms)} | {spread(handed.pair_second_ms)} |",
+        f"| decode worker alone | {spread(handed.alone_ms)} | {spread(handed.alone_second_ms)} |",
+        f"| difference, pair by pair | {spread(handed.added_ms)} | |",
+    ]
     return "\n".join([*text, ""])
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import httpx
@@ -41,24 +42,31 @@ class HandOver:
 
 
 def measure_hand_over(num_pairs: int) -> HandOver:
+    found = compare(num_pairs, range(10, 500))
+    found.digest_s, found.kv_bytes = time_digest()
+    return found
+
+
+def compare(num_pairs: int, token_ids: range, model: str = "demo", flags: Sequence[str] = ()) -> HandOver:
+    """Two workers and one, of the same model and with the same flags."""
     found = HandOver()
     rng = random.Random(0)
+    flags = "--model", model, *flags
     with (
-        fleet("--transport", "shm", "--prefill", "1", "--decode", "1") as pair_url,
-        fleet("--prefill", "0", "--decode", "1") as alone_url,
+        fleet(*flags, "--transport", "shm", "--prefill", "1", "--decode", "1") as pair_url,
+        fleet(*flags, "--prefill", "0", "--decode", "1") as alone_url,
         httpx.Client(timeout=60) as client,
     ):
         wait_for_pair(client, pair_url)
         for number in range(NUM_WARM_UP + num_pairs):
-            prompt = [rng.randrange(10, 500) for _ in range(NUM_TOKENS)]
+            prompt = [rng.choice(token_ids) for _ in range(NUM_TOKENS)]
             sides = [(pair_url, found.pair_ms, found.pair_second_ms)]
             sides.insert(number % 2, (alone_url, found.alone_ms, found.alone_second_ms))
             for url, first_ms, second_ms in sides:
-                first, second = ask(client, url, prompt)
+                first, second = ask(client, url, prompt, model)
                 if number >= NUM_WARM_UP:
                     first_ms.append(1e3 * first)
                     second_ms.append(1e3 * (second - first))
-    found.digest_s, found.kv_bytes = time_digest()
     return found
 
 
@@ -71,7 +79,7 @@ def wait_for_pair(client: httpx.Client, url: str, transport: str = "shm") -> Non
         time.sleep(0.2)
 
 
-def ask(client: httpx.Client, url: str, prompt: list[int], model: str = "demo") -> tuple[float, float]:
+def ask(client: httpx.Client, url: str, prompt: list[int], model: str) -> tuple[float, float]:
     """Seconds to the first and to the second token, by the router's own record: some tokens make no text to stream."""
     body = {"model": model, "prompt": prompt, "max_tokens": 2, "temperature": 0, "ignore_eos": True}
     answer = client.post(f"{url}/v1/completions", json=body)
