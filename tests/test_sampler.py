@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from sampled import sample
 from torch import Tensor
 
 from baton.engine import sampler
 from baton.engine.penalties import adjust
-from baton.engine.sampler import gumbel, sample
+from baton.engine.sampler import gumbel
 from baton.engine.sampling_state import SamplingState, check_sampling, needs_state
 from baton.errors import InvalidRequest
 from baton.request import Request, RequestId, SamplingParams, TokenBias, TokenSequence

@@ -16,11 +16,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sampled import sample
 from torch import Tensor
 
 from baton.engine import sampler
 from baton.engine.penalties import adjust
-from baton.engine.sampler import sample
 from baton.engine.sampling_state import SamplingState, needs_state
 from baton.request import Request, RequestId, SamplingParams, TokenBias, TokenSequence
 

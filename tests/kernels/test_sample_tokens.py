@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from sampled import sample
 from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need Triton")
@@ -130,7 +131,7 @@ def test_draws_what_the_engine_draws() -> None:
     logits = 2.5 * torch.randn(len(rows), num_tokens)
     logits[3, 5] = torch.nan
     params, positions = [row.params for row in rows], [row.position for row in rows]
-    theirs = sampler.sample(logits.clone(), params, positions)
+    theirs = sample(logits.clone(), params, positions)
     assert triton_sampler.draw(logits, params, positions).tolist() == theirs
     assert theirs[3] == sampler.NO_NUMBER
     assert len(set(theirs)) > len(rows) / 2  # and not always the likeliest

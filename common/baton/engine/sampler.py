@@ -57,20 +57,6 @@ def joined(parts: Sequence[Drawn]) -> Drawn:
     return Drawn(torch.cat([p.tokens for p in parts]), torch.cat([p.said for p in parts]), wanted)
 
 
-def sample(
-    logits: Tensor,
-    params: Sequence[SamplingParams],
-    positions: Sequence[int],
-    states: Sequence[SamplingState | None] = (),
-) -> list[int]:
-    """The tokens of `draw`. `states` of those sequences that have one get the log probabilities of their token where
-    they are wanted."""
-    drawn = draw(logits, params, positions, states)
-    tokens: list[int] = drawn.tokens.tolist()
-    drawn.note_logprobs(tokens)
-    return tokens
-
-
 def draw(
     logits: Tensor,
     params: Sequence[SamplingParams],
