@@ -10,7 +10,6 @@ thread, so that others on the machine disturb it little; with --threads N it is 
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -126,8 +125,7 @@ def bench_steps(runner: TorchModelRunner, clock: Callable[[], float]) -> None:
         batch = Batch(tuple(_decoding(index, context) for index in range(num_seqs)))
         _step(runner, f"decode {num_seqs} at {context}", batch, clock)
     for num_tokens, start in ((256, 0), (512, 0), (512, 1536)):
-        prompt = replace(
-            _decoding(0, start),
+        prompt = _decoding(0, start)._replace(
             token_ids=tuple(range(num_tokens)),
             block_table=tuple(map(BlockId, range(128))),
         )

@@ -46,21 +46,23 @@ inline Sum<KIND> multiply_add(Sum<KIND> sum, __m512i b, Word a) {
         return _mm512_fmadd_ps(_mm512_castsi512_ps(b), _mm512_castsi512_ps(spread), sum);
 }
 
+// `LINES` cache lines of `ahead` are asked for with every word: 4 are read by this one soon, fewer by a later one.
 // Without the pragmas gcc unrolls too late and keeps the sums of integers in memory.
-template <Kind KIND, int R>
-void micro(const Word* a, int64_t a_stride, const Word* b, int64_t words, float* c, int64_t c_stride, bool add) {
+template <Kind KIND, int LINES, int R>
+void micro(const Word* a, int64_t a_stride, const Word* b, int64_t words, const Word* ahead, float* c, int64_t c_stride,
+           bool add) {
     Sum<KIND> sum[R][4];
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++)
             sum[r][i] = add ? *(const Sum<KIND>*)(c + r * c_stride + 16 * i) : Sum<KIND>{};
-    for (int64_t w = 0; w < words; w++, b += PANEL) {
+    for (int64_t w = 0; w < words; w++, b += PANEL, ahead += 16 * LINES) {
         __m512i column[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             column[i] = _mm512_loadu_si512(b + 16 * i);
-            _mm_prefetch((const char*)(b + 16 * PANEL + 16 * i), _MM_HINT_T0);
+            if (i < LINES) _mm_prefetch((const char*)(ahead + 16 * i), LINES == 4 ? _MM_HINT_T0 : _MM_HINT_T1);
         }
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
@@ -76,22 +78,45 @@ void micro(const Word* a, int64_t a_stride, const Word* b, int64_t words, float*
 }
 
 // Any number of rows, in parts of nearly equal size.
-template <Kind KIND>
-void multiply(const Word* a, int64_t a_stride, int rows, const Word* b, int64_t words, float* c, int64_t c_stride,
-              bool add) {
+template <Kind KIND, int LINES>
+void multiply_parts(const Word* a, int64_t a_stride, int rows, const Word* b, int64_t words, const Word* ahead, float* c,
+                    int64_t c_stride, bool add) {
     for (int parts = (rows + ROWS - 1) / ROWS; parts > 0; parts--) {
         const int r = (rows + parts - 1) / parts;
         switch (r) {
-            case 1: micro<KIND, 1>(a, a_stride, b, words, c, c_stride, add); break;
-            case 2: micro<KIND, 2>(a, a_stride, b, words, c, c_stride, add); break;
-            case 3: micro<KIND, 3>(a, a_stride, b, words, c, c_stride, add); break;
-            case 4: micro<KIND, 4>(a, a_stride, b, words, c, c_stride, add); break;
-            case 5: micro<KIND, 5>(a, a_stride, b, words, c, c_stride, add); break;
-            default: micro<KIND, 6>(a, a_stride, b, words, c, c_stride, add);
+            case 1: micro<KIND, LINES, 1>(a, a_stride, b, words, ahead, c, c_stride, add); break;
+            case 2: micro<KIND, LINES, 2>(a, a_stride, b, words, ahead, c, c_stride, add); break;
+            case 3: micro<KIND, LINES, 3>(a, a_stride, b, words, ahead, c, c_stride, add); break;
+            case 4: micro<KIND, LINES, 4>(a, a_stride, b, words, ahead, c, c_stride, add); break;
+            case 5: micro<KIND, LINES, 5>(a, a_stride, b, words, ahead, c, c_stride, add); break;
+            default: micro<KIND, LINES, 6>(a, a_stride, b, words, ahead, c, c_stride, add);
         }
         a += r * a_stride;
         c += r * c_stride;
+        if (LINES < 4) ahead += 16 * LINES * words;
         rows -= r;
+    }
+}
+
+template <Kind KIND>
+void multiply(const Word* a, int64_t a_stride, int rows, const Word* b, int64_t words, float* c, int64_t c_stride,
+              bool add) {
+    multiply_parts<KIND, 4>(a, a_stride, rows, b, words, b + 16 * PANEL, c, c_stride, add);
+}
+
+// Of a panel that comes from memory. The first part of the rows would wait for it and the others for the arithmetic
+// only; so B is taken in pieces that a near cache holds, and every part asks for its share of the next piece. With
+// many rows the wait is nothing.
+template <Kind KIND>
+void multiply_far(const Word* a, int64_t a_stride, int rows, const Word* b, int64_t words, float* c, int64_t c_stride) {
+    if (rows <= ROWS || rows > 8 * ROWS) return multiply<KIND>(a, a_stride, rows, b, words, c, c_stride, false);
+    const bool few = rows <= 3 * ROWS;
+    const int64_t most = few ? 64 : 128;
+    for (int64_t w = 0; w < words; w += most) {
+        const int64_t size = std::min(words - w, most);
+        const Word *piece = b + w * PANEL, *next = piece + size * PANEL;  // of the next panel after the last one
+        (few ? multiply_parts<KIND, 2> : multiply_parts<KIND, 1>)(a + w, a_stride, rows, piece, size, next, c, c_stride,
+                                                                  w > 0);
     }
 }
 
@@ -225,8 +250,8 @@ void linear(const Linear& a) {
             alignas(64) float c[BATCH_ROWS * PANEL];
             const int64_t first = batch * BATCH_ROWS;
             const int count = (int)std::min<int64_t>(a.rows - first, BATCH_ROWS);
-            multiply<KIND>(x + first * x_stride, x_stride, count, a.packed + panel * a.words * PANEL, a.words, c, PANEL,
-                           false);
+            multiply_far<KIND>(x + first * x_stride, x_stride, count, a.packed + panel * a.words * PANEL, a.words, c,
+                               PANEL);
             for (int r = 0; r < count; r++) {
                 __m512 sum[4];
                 for (int i = 0; i < 4; i++) {
