@@ -14,6 +14,7 @@ from baton.errors import BatonError, Cancelled, DeadlineExceeded, InvalidRequest
 from baton.messages import (
     BlocksCall,
     PrefillBegin,
+    PrefillCall,
     PrefillResult,
     PrefillTicket,
     PrefillUp,
@@ -21,10 +22,12 @@ from baton.messages import (
     Role,
     Ticket,
 )
-from baton.request import Request, RequestId, SamplingParams
+from baton.request import Request, RequestId, SamplingParams, WorkerId
+from baton.rpc import PREFILL_AHEAD
+from baton.rpc.inproc import InprocRpc, InprocRpcNetwork
 from baton_loadtest.local_fleet import HEARTBEAT_S, LocalWorker
 from baton_loadtest.simulate import VOCAB_SIZE, FleetConfig, SimulatedFleet, expected_tokens, running_fleet
-from baton_router.prefill_stream import PrefillStream
+from baton_router.prefill_stream import PrefillStream, PrefillStreams
 
 CONFIG = FleetConfig(
     num_prefill=1,
@@ -72,19 +75,20 @@ both_ways = pytest.mark.parametrize("ahead", [False, True], ids=["open", "ahead"
 
 @pytest.fixture
 def open_streams(monkeypatch: pytest.MonkeyPatch) -> set[PrefillStream]:
-    """Those to prefill workers that are not closed."""
+    """Those to prefill workers that were taken and are not closed."""
     found: set[PrefillStream] = set()
-    make, close = PrefillStream.__init__, PrefillStream.aclose
+    take, close = PrefillStreams.take, PrefillStream.aclose
 
-    def made(stream: PrefillStream, *about: object) -> None:
-        make(stream, *about)  # type: ignore[arg-type]
+    async def taken(streams: PrefillStreams, timeout_s: float, ahead: Request | None) -> PrefillStream:
+        stream = await take(streams, timeout_s, ahead)
         found.add(stream)
+        return stream
 
     async def closed(stream: PrefillStream) -> None:
         await close(stream)
         found.discard(stream)
 
-    monkeypatch.setattr(PrefillStream, "__init__", made)
+    monkeypatch.setattr(PrefillStreams, "take", taken)
     monkeypatch.setattr(PrefillStream, "aclose", closed)
     return found
 
@@ -284,6 +288,90 @@ def test_a_ticket_that_is_missing_or_does_not_fit_is_a_push_that_failed() -> Non
                 assert not prefill.engine.num_used_blocks
             with pytest.raises(InvalidRequest, match="what to compute"):
                 await answers_of(prefill, told(PrefillTicket(ticket)))
+
+    clock = VirtualClock()
+    clock.run(main(clock))
+
+
+# --- the spare stream ---
+
+
+TICKET = Ticket(1, WAITING.request_id, 1, WorkerId("decode-0"), "shm", "", "", 16, 0, 2.0)
+
+
+class EchoWorker:
+    """Says the request's id as the reason of a push, and counts the calls that were opened."""
+
+    def __init__(self) -> None:
+        self.num_opened = 0
+        self.num_open = 0
+
+    async def prefill_ahead(self, messages: AsyncIterator[PrefillUp]) -> AsyncGenerator[Pushed, None]:
+        self.num_opened += 1
+        self.num_open += 1
+        try:
+            begin = await anext(messages)
+            assert isinstance(begin, PrefillBegin)
+            yield Pushed(begin.request.request_id)
+        finally:
+            self.num_open -= 1
+
+
+async def asked(streams: PrefillStreams, name: str) -> str:
+    stream = await streams.take(1.0, make_request(name))
+    try:
+        async for answer in stream.ask(PrefillCall(make_request(name), TICKET, 1.0)):
+            assert isinstance(answer, Pushed)
+            return answer.reason
+        raise AssertionError("no answer")
+    finally:
+        await stream.aclose()
+
+
+def test_a_call_is_open_before_its_request_and_one_that_broke_meanwhile_is_not_used() -> None:
+    async def main(clock: VirtualClock) -> None:
+        network, worker = InprocRpcNetwork(clock, latency_s=0.01), EchoWorker()
+        rpc = InprocRpc(network, clock, "router")
+        server = await rpc.serve("worker:1", {PREFILL_AHEAD: worker.prefill_ahead})
+        streams = PrefillStreams(rpc.connect("worker:1"))
+        assert await asked(streams, "first") == "first"  # opened for it: there was no spare one
+        await streams.refill()
+        await clock.sleep(1.0)
+        await streams.refill()
+        assert (worker.num_opened, worker.num_open) == (2, 1)
+        assert await asked(streams, "second") == "second"
+        assert worker.num_opened == 2
+
+        await streams.refill()
+        await clock.sleep(1.0)
+        network.kill("worker:1")
+        await server.aclose(0.0)
+        await clock.sleep(1.0)
+        await rpc.serve("worker:1", {PREFILL_AHEAD: worker.prefill_ahead})
+        assert await asked(streams, "third") == "third"
+        assert worker.num_opened == 4
+
+        await streams.refill()
+        await clock.sleep(1.0)
+        assert worker.num_open == 1
+        await streams.aclose()
+        await streams.refill()  # a request that ends after the worker left
+        await clock.sleep(1.0)
+        assert (worker.num_opened, worker.num_open) == (5, 0)
+
+    clock = VirtualClock()
+    clock.run(main(clock))
+
+
+def test_of_the_requests_of_one_instant_one_gets_the_spare_call_and_each_its_answer(
+    open_streams: set[PrefillStream],
+) -> None:
+    async def main(clock: VirtualClock) -> None:
+        async with running_fleet(CONFIG, clock) as fleet:
+            requests = [make_request(f"r{i}", num_prompt=40) for i in range(4)]
+            answers = await asyncio.gather(*map(fleet.ask, requests))
+            assert answers == [expected_tokens(r.prompt_token_ids, 4, CONFIG.layout) for r in requests]
+            await assert_all_given_back(fleet, open_streams)
 
     clock = VirtualClock()
     clock.run(main(clock))

@@ -1,7 +1,7 @@
 """One try at serving a request: on a pair of workers, or on a decode worker alone.
 
-    submitted to d ----> ticket --+--> the prefill call is asked --> hand_over: first token, KV --> d's tokens --> ended
-    the call to p opens ----------+
+    begun on p, or the call to it opens --+--> the prefill call is asked --> hand_over: first token, KV --> d's tokens
+    submitted to d -----------> ticket ---+                                                                    --> ended
 
 However it ends, the attempt on the decode worker is cancelled and the call on the prefill worker closed, if they have
 not ended by themselves.
@@ -33,7 +33,6 @@ from baton_router.workers import Link
 class _Trying(NamedTuple):
     session: Session  # the link's at that time: it has another one once it has reconnected
     attempt: Attempt
-    trace: Phases
 
 
 class Attempts:
@@ -55,7 +54,7 @@ class Attempts:
             trying.session.drop(trying.attempt, sample)
 
     async def alone(self, request: Request, stream: TokenStream, decode: Link, timeout_s: float) -> None:
-        with self._trying(request, stream, decode, timeout_s) as (_, attempt, _):
+        with self._trying(request, stream, decode, timeout_s, self._trace(request, decode)) as (_, attempt):
             attempt.start_stream()
             await attempt.finished
 
@@ -71,16 +70,19 @@ class Attempts:
         *,
         is_trial: bool = False,
     ) -> None:
-        with self._trying(chains.request, stream, decode, timeout_s, prefill.record.worker_id) as trying:
-            trying.trace.phase("ticket")
-            asking = trying.trace.call("prefill call", {"baton.worker": prefill.record.worker_id})
-            request = replace(trying.attempt.request, traceparent=asking.traceparent)
-            ahead = request if source is None and _begins_ahead(prefill, decode, request) else None
-            try:
-                async with prefill.prefill_stream(timeout_s, ahead) as answers:
+        trace = self._trace(chains.request, decode)
+        prefill_id = prefill.record.worker_id
+        trace.phase("ticket")
+        asking = trace.call("prefill call", {"baton.worker": prefill_id})
+        request = replace(chains.request, traceparent=asking.traceparent)
+        ahead = request if source is None and _begins_ahead(prefill, decode, request) else None
+        # The prefill worker hears of it first: the first token waits for that one.
+        async with prefill.prefill_stream(timeout_s, ahead) as answers:
+            with self._trying(chains.request, stream, decode, timeout_s, trace, prefill_id) as trying:
+                try:
                     ticket = await self._ticket(trying.attempt)
                     self._note_ticket(chains, record, ticket)
-                    trying.trace.phase("answer")
+                    trace.phase("answer")
                     call = PrefillCall(
                         request, ticket, min(timeout_s, self._config.prefill_timeout_s), source
                     )
@@ -91,8 +93,8 @@ class Attempts:
                     await self._finished(chains, record, trying.attempt, hand_over, answers, call)
                     if is_trial:
                         _check_trial(hand_over)
-            finally:
-                asking.end(self._clock.now())
+                finally:
+                    asking.end(self._clock.now())
 
     async def _finished(
         self,
@@ -129,20 +131,23 @@ class Attempts:
         stream: TokenStream,
         decode: Link,
         timeout_s: float,
+        trace: Phases,
         prefill_id: WorkerId | None = None,
     ) -> Iterator[_Trying]:
-        attributes = {"baton.worker": decode.record.worker_id}
-        trace = Phases(self._tracer, self._clock, "attempt", request.traceparent, SpanKind.CLIENT, attributes)
         request = replace(request, traceparent=trace.traceparent)
         session = decode.session
         attempt = session.submit(request, stream, epoch=1, deadline_s=timeout_s, prefill_id=prefill_id)
-        trying = self._under_way[request.request_id] = _Trying(session, attempt, trace)
+        trying = self._under_way[request.request_id] = _Trying(session, attempt)
         try:
             yield trying
         finally:
             del self._under_way[request.request_id]
             session.cancel(attempt)
             trace.end(attempt.error)
+
+    def _trace(self, request: Request, decode: Link) -> Phases:
+        attributes = {"baton.worker": decode.record.worker_id}
+        return Phases(self._tracer, self._clock, "attempt", request.traceparent, SpanKind.CLIENT, attributes)
 
     async def _ticket(self, attempt: Attempt) -> Ticket:
         try:
@@ -172,7 +177,7 @@ class Attempts:
 def _begins_ahead(prefill: Link, decode: Link, request: Request) -> bool:
     """Where the decode worker has room as far as is known, so that its ticket comes soon."""
     load = decode.record.load
-    num_tokens = max(request.num_prompt_tokens, decode.session.num_unseen_tokens(load.num_own))
+    num_tokens = request.num_prompt_tokens + 1 + decode.session.num_unseen_tokens(load.num_own)
     num_blocks = num_blocks_for(num_tokens, decode.record.block_size)
     return prefill.record.prefills_ahead and not load.num_waiting and load.num_free_blocks >= num_blocks
 

@@ -31,7 +31,7 @@ from baton.request import Request, WorkerId
 from baton.rpc import SESSION, STATUS_BLOCKS, STATUS_WATCH, Rpc
 from baton.transfer.rate import Rate
 from baton_router.costs import Candidate
-from baton_router.prefill_stream import PrefillStream
+from baton_router.prefill_stream import PrefillStream, PrefillStreams
 from baton_router.prompt_queue import PromptQueue
 from baton_router.session import Session
 
@@ -57,6 +57,7 @@ class Link:
         self.transports: dict[WorkerId, str] = {}  # that really carried KV from here, by decode worker
         self.rates: dict[WorkerId, Rate] = {}  # measured, likewise
         self._channel = rpc.connect(record.address)
+        self._streams = PrefillStreams(self._channel)
         self._clock = clock
         self._emit = emit
         self._timeout_s = timeout_s
@@ -92,13 +93,14 @@ class Link:
         self, timeout_s: float, ahead: Request | None
     ) -> AsyncGenerator[PrefillStream, None]:
         """For one `prefill`; of the request that may begin `ahead` of its ticket."""
-        stream = PrefillStream(self._channel, timeout_s, ahead)
+        stream = await self._streams.take(timeout_s, ahead)
         if ahead is not None:
             self.prompts.sent(ahead.request_id)
         try:
             yield stream
         finally:
             await stream.aclose()
+            await self._refill()
 
     async def prefill(self, stream: PrefillStream, call: PrefillCall) -> AsyncGenerator[PrefillAnswer, None]:
         """Until the push has ended. Raises WorkerLost when the worker goes before."""
@@ -142,6 +144,7 @@ class Link:
 
     async def aclose(self) -> None:
         self._lost("the worker left")
+        await self._streams.aclose()
         await self._channel.aclose()
 
     async def _keep(self, part: str, connect: Callable[[], AsyncGenerator[None, None]]) -> None:
@@ -158,6 +161,7 @@ class Link:
                         self._why_down.pop(part, None)
                         self._on_change(self)
                         self._emit("link.up", worker=self.record.worker_id, part=part)
+                        await self._refill()
             except StopAsyncIteration:
                 pass
             except TimeoutError:
@@ -199,6 +203,11 @@ class Link:
                 yield
         finally:
             await stream.aclose()
+
+    async def _refill(self) -> None:
+        """Between two requests rather than beside one: to open a stream costs both ends time."""
+        if self.up and self.record.prefills_ahead:
+            await self._streams.refill()
 
     def _report(self, record: WorkerRecord) -> None:
         self.record = record

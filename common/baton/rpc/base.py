@@ -116,7 +116,8 @@ class Channel(ABC):
     def bidi(
         self, method: Method[Req, Res], requests: AsyncIterator[Req], *, timeout_s: float | None = None
     ) -> AsyncGenerator[Res, None]:
-        """timeout_s=None only for sessions that carry heartbeats of their own."""
+        """timeout_s=None only for sessions that carry heartbeats of their own, and for what is opened long before it is
+        used: whoever uses it ends it in time."""
         return self._stream(method, requests, timeout_s)
 
     @abstractmethod
