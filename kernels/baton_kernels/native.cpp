@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -210,6 +211,7 @@ struct Linear {
     // Of int8 weights, by column, or null: what they are to be multiplied by, and 128 times their sum.
     const float* scales;
     const int32_t* offsets;
+    const char* residual;  // as `out`, and may be `out`: what the rounded result is added to; or null
 };
 
 // Each row of x as numbers from 1 to 255, 128 being 0, and what they are to be multiplied by.
@@ -270,6 +272,11 @@ void linear(const Linear& a) {
                     const int64_t column = panel * (a.gated ? PANEL / 2 : PANEL) + 16 * i;
                     const __mmask16 valid = first_lanes((a.gated ? a.columns / 2 : a.columns) - column);
                     if (a.bias) sum[i] = _mm512_add_ps(sum[i], load_as_float<BF16>(a.bias, column, valid));
+                    if (a.residual) {
+                        const char* from = a.residual + (first + r) * a.out_stride * size;
+                        if (BF16) sum[i] = round_to_bf16(sum[i]);
+                        sum[i] = _mm512_add_ps(load_as_float<BF16>(from, column, valid), sum[i]);
+                    }
                     store_float<BF16>(a.out + (first + r) * a.out_stride * size, column, sum[i], valid);
                 }
             }
@@ -338,7 +345,7 @@ void rotate(char* x, int64_t token_stride, int64_t head_stride, int64_t tokens, 
 // --- attention ----------------------------------------------------------------------------------------------
 
 struct Cache {
-    const char* base;
+    char* base;
     int64_t block_stride, position_stride, head_stride;  // in elements
     int64_t dim;
 };
@@ -547,6 +554,108 @@ void paged_attention(const Attention& a) {
     }
 }
 
+// rows [tokens, heads, bytes] of the given strides in bytes, each into the cache at its slot; so are the cache's.
+void write(const char* rows, int64_t token_stride, int64_t head_stride, int64_t tokens, int64_t heads, int64_t bytes,
+           char* cache, int64_t block_stride, int64_t position_stride, int64_t cache_head_stride, const int64_t* blocks,
+           const int64_t* offsets) {
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t h = 0; h < heads; h++)
+            std::memcpy(cache + blocks[t] * block_stride + offsets[t] * position_stride + h * cache_head_stride,
+                        rows + t * token_stride + h * head_stride, bytes);
+}
+
+// --- decoder layer ------------------------------------------------------------------------------------------
+
+// The operations above one after another, each rounded as if it were called by itself:
+//
+//     x += out(attention(rotate(qkv(norm(x)))));  x += down(gated(norm(x)))
+
+struct Norm {
+    const char* weight;  // null: there is none
+    float eps;
+    int32_t shifted;
+};
+
+struct Weight {
+    const Word* packed;
+    const char* bias;
+    int64_t words, columns;
+    const float* scales;
+    const int32_t* offsets;
+};
+
+struct Layer {
+    Norm before, query, key, after;  // of attention; of its heads; of attention, before the MLP
+    Weight qkv, out, gate_up, down;
+    int64_t hidden, heads, kv_heads, head_dim;
+    float scale, softcap;
+    const float* sinks;
+};
+
+struct Paged {
+    Cache key, value;
+    int64_t block_shift, window, chunked, writes;
+};
+
+struct Step {
+    const char* x;  // [tokens, hidden]
+    char* out;      // the same
+    const char *cos, *sin;  // [tokens, 2 * half]
+    int64_t half, tokens;
+    const int64_t *blocks, *offsets;
+    const int32_t* tables;
+    int64_t table_stride;
+    const int32_t *starts, *lens;
+    int64_t seqs;
+    char *normed, *qkv, *attended, *gated;  // [tokens, ...]: between two operations
+};
+
+template <bool BF16>
+void normalise(const Norm& norm, const char* x, int64_t rows, int64_t dim, char* out) {
+    rms_norm<BF16>(x, dim, rows, dim, norm.weight, norm.eps, norm.shifted, out);
+}
+
+template <bool BF16>
+void product(const Weight& w, const char* x, int64_t rows, bool gated, const char* residual, char* out) {
+    const int64_t x_stride = w.words * (w.scales ? 4 : BF16 ? 2 : 1), out_stride = gated ? w.columns / 2 : w.columns;
+    const Linear call = {x,   x_stride,   rows,     w.packed,  w.bias,  w.words, w.columns, gated,
+                         out, out_stride, w.scales, w.offsets, residual};
+    w.scales ? linear<BF16, true>(call) : linear<BF16, false>(call);
+}
+
+// Up to the KV in the cache; the turned queries are in step.qkv.
+template <bool BF16>
+void layer_write(const Layer& l, const Paged& paged, const Step& step) {
+    const int64_t size = BF16 ? 2 : 4, dim = l.head_dim, width = (l.heads + 2 * l.kv_heads) * dim;
+    char *query = step.qkv, *key = query + l.heads * dim * size, *value = key + l.kv_heads * dim * size;
+    normalise<BF16>(l.before, step.x, step.tokens, l.hidden, step.normed);
+    product<BF16>(l.qkv, step.normed, step.tokens, false, nullptr, step.qkv);
+#pragma omp parallel for schedule(static) if (l.query.weight && step.tokens * width > 65536)
+    for (int64_t t = 0; t < (l.query.weight ? step.tokens : 0); t++) {
+        char *q = query + t * width * size, *k = key + t * width * size;
+        normalise<BF16>(l.query, q, l.heads, dim, q);
+        normalise<BF16>(l.key, k, l.kv_heads, dim, k);
+    }
+    // Queries and keys lie side by side.
+    rotate<BF16>(query, width, dim, step.tokens, l.heads + l.kv_heads, step.half, step.cos, step.sin);
+    if (!paged.writes) return;
+    for (const auto& [rows, cache] : {std::pair{key, paged.key}, std::pair{value, paged.value}})
+        write(rows, width * size, dim * size, step.tokens, l.kv_heads, dim * size, cache.base, cache.block_stride * size,
+              cache.position_stride * size, cache.head_stride * size, step.blocks, step.offsets);
+}
+
+template <bool BF16>
+void layer_finish(const Layer& l, const Paged& paged, const Step& step) {
+    const int64_t width = (l.heads + 2 * l.kv_heads) * l.head_dim;
+    paged_attention<BF16>({step.qkv, width, l.head_dim, step.attended, paged.key, paged.value, step.tables,
+                           step.table_stride, step.starts, step.lens, step.seqs, l.heads, l.kv_heads, paged.block_shift,
+                           l.scale, l.softcap, paged.window, paged.chunked, l.sinks});
+    product<BF16>(l.out, step.attended, step.tokens, false, step.x, step.out);
+    normalise<BF16>(l.after, step.out, step.tokens, l.hidden, step.normed);
+    product<BF16>(l.gate_up, step.normed, step.tokens, true, nullptr, step.gated);
+    product<BF16>(l.down, step.gated, step.tokens, false, step.out, step.out);
+}
+
 }  // namespace
 
 extern "C" {
@@ -587,17 +696,22 @@ void baton_rotate(int bf16, char* x, int64_t token_stride, int64_t head_stride, 
     (bf16 ? rotate<true> : rotate<false>)(x, token_stride, head_stride, tokens, heads, half, cos, sin);
 }
 
-// rows [tokens, heads, bytes] of the given strides in bytes, each into the cache at its slot.
 void baton_write(const char* rows, int64_t token_stride, int64_t head_stride, int64_t tokens, int64_t heads,
                  int64_t bytes, char* cache, int64_t block_stride, int64_t position_stride, int64_t cache_head_stride,
                  const int64_t* blocks, const int64_t* offsets) {
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t h = 0; h < heads; h++)
-            std::memcpy(cache + blocks[t] * block_stride + offsets[t] * position_stride + h * cache_head_stride,
-                        rows + t * token_stride + h * head_stride, bytes);
+    write(rows, token_stride, head_stride, tokens, heads, bytes, cache, block_stride, position_stride,
+          cache_head_stride, blocks, offsets);
 }
 
 void baton_attention(int bf16, const Attention* a) {
     (bf16 ? paged_attention<true> : paged_attention<false>)(*a);
+}
+
+void baton_layer_write(int bf16, const Layer* layer, const Paged* paged, const Step* step) {
+    (bf16 ? layer_write<true> : layer_write<false>)(*layer, *paged, *step);
+}
+
+void baton_layer_finish(int bf16, const Layer* layer, const Paged* paged, const Step* step) {
+    (bf16 ? layer_finish<true> : layer_finish<false>)(*layer, *paged, *step);
 }
 }

@@ -64,10 +64,11 @@ class _Linear(ctypes.Structure):
         ("out_stride", _index),
         ("scales", _pointer),
         ("offsets", _pointer),
+        ("residual", _pointer),
     )
 
 
-class _Cache(ctypes.Structure):
+class CacheArgument(ctypes.Structure):
     _fields_ = (
         ("base", _pointer),
         ("block_stride", _index),
@@ -83,8 +84,8 @@ class _Attention(ctypes.Structure):
         ("query_token_stride", _index),
         ("query_head_stride", _index),
         ("out", _pointer),
-        ("key", _Cache),
-        ("value", _Cache),
+        ("key", CacheArgument),
+        ("value", CacheArgument),
         ("tables", _pointer),
         ("table_stride", _index),
         ("starts", _pointer),
@@ -125,8 +126,11 @@ class Native:
         self._attention.argtypes = (_int, ctypes.POINTER(_Attention))
         self._rotate = library.baton_rotate
         self._rotate.argtypes = (_int, _pointer, *(_index,) * 5, _pointer, _pointer)
+        self._layer_write, self._layer_finish = library.baton_layer_write, library.baton_layer_finish
+        self._layer_write.argtypes = self._layer_finish.argtypes = (_int, *(_pointer,) * 3)
         for function in (
             self._pack, self._linear, self._write, self._attention, self._rms_norm, self._rotate,
+            self._layer_write, self._layer_finish,
         ):  # fmt: skip
             function.restype = None
 
@@ -179,6 +183,7 @@ class Native:
             num_columns,
             None if weight.scales is None else weight.scales.data_ptr(),
             None if weight.offsets is None else weight.offsets.data_ptr(),
+            None,
         )
         self._linear(x.dtype is torch.bfloat16, ctypes.byref(call))
         return out
@@ -250,8 +255,8 @@ class Native:
             query.stride(0),
             query.stride(1),
             out.data_ptr(),
-            _Cache(k_cache.data_ptr(), *k_cache.stride()[:3], k_cache.shape[3]),
-            _Cache(v_cache.data_ptr(), *v_cache.stride()[:3], v_dim),
+            cache_argument(k_cache),
+            cache_argument(v_cache),
             steps.tables.data_ptr(),
             steps.tables.stride(0),
             steps.starts.data_ptr(),
@@ -269,11 +274,23 @@ class Native:
         self._attention(query.dtype is torch.bfloat16, ctypes.byref(call))
         return out
 
+    def layer_write(self, dtype: torch.dtype, *call: ctypes.Structure) -> None:
+        """For `native_layer.NativeLayer`, as the next one."""
+        self._layer_write(dtype is torch.bfloat16, *map(ctypes.byref, call))
+
+    def layer_finish(self, dtype: torch.dtype, *call: ctypes.Structure) -> None:
+        self._layer_finish(dtype is torch.bfloat16, *map(ctypes.byref, call))
+
 
 def packed_bytes(weight: Tensor, element_size: int | None = None) -> int:
     """Whole panels: the last one is padded."""
     size = weight.element_size() if element_size is None else element_size
     return -(-weight.shape[0] // _PANEL) * _PANEL * weight.shape[1] * size
+
+
+def cache_argument(cache: Tensor) -> CacheArgument:
+    """cache [blocks, block size, heads, dim]."""
+    return CacheArgument(cache.data_ptr(), *cache.stride()[:3], cache.shape[3])
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def test_linear(ops: Native, num_threads: int, dtype: torch.dtype, num_out: int,
     weight, bias = torch.randn(num_out, num_in, dtype=dtype), torch.randn(num_out, dtype=dtype)
     packed = _pack(ops, weight)
     assert torch.equal(packed.rows(torch.arange(num_out)), weight)
-    for num_rows in (1, 2, 5, 6, 7, 13, 100, 193):
+    for num_rows in (1, 2, 5, 6, 7, 13, 30, 100, 193):
         wide = torch.randn(num_rows, num_in + 8, dtype=dtype)
         x = wide[:, :num_in]  # rows that do not lie next to each other
         _assert_near(ops.linear(x, packed), F.linear(x.double(), weight.double()))

@@ -5,6 +5,7 @@
     q_proj, k_proj, v_proj of any other     one packed weight
     gate_proj, up_proj and SiLU between     one packed weight, and the product in the same step
     RMSNorm                                 one call
+    a layer of such parts alone             two calls, see fuse_layer
 
 A module is recognised by what it holds, and then has to be matched: on a sample its successor must give the same
 output, or it stays. So nothing is known of any model here, and nothing is assumed.
@@ -15,11 +16,13 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from baton.model.fuse_attention import AttentionSwap
+from baton.model.fuse_layer import fuse_layers
 from baton.model.mla import latent_of
+from baton.model.native_modules import GatedMLP, RMSNorm
 from baton.model.packed import (
     NativePacker,
     PackedEmbedding,
@@ -56,6 +59,7 @@ def fuse(model: nn.Module, native: Native | None, *, int8: bool = False) -> None
         swapped["norm"] = _swap(model, lambda module: _norm(packer.native, module))
         swapped["tied"] = _pack_tied(packer, model)
     swapped["linear"] = _swap(model, _LinearSwap(packer, model))
+    swapped["whole layer"] = fuse_layers(model)
     _log.info("linear layers by %s: %s", packer.name, ", ".join(f"{n} {name}" for name, n in swapped.items()))
 
 
@@ -123,20 +127,6 @@ def _merge_qkv(packer: Packer, attention: nn.Module) -> bool:
     return parts is not None
 
 
-class _GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x))"""
-
-    def __init__(self, native: Native, gate_up: PackedWeight, down: nn.Module) -> None:
-        super().__init__()
-        self._native = native
-        self._gate_up = gate_up
-        self.down_proj = down
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self._native.gated_linear(x, self._gate_up))
-        return out
-
-
 def _gated(packer: NativePacker, module: nn.Module) -> nn.Module | None:
     children = dict(module.named_children())
     if children.keys() != _GATED or any(True for _ in module.parameters(recurse=False)):
@@ -154,7 +144,7 @@ def _gated(packer: NativePacker, module: nn.Module) -> nn.Module | None:
         return None
     if not all(packer.takes(linear.weight) for linear in (gate, down)):
         return None
-    new = _GatedMLP(packer.native, _in_turns(packer, gate, up), packer.pack(down.weight, down.bias))
+    new = GatedMLP(packer.native, _in_turns(packer, gate, up), packer.pack(down.weight, down.bias))
     x = sample_input(gate.in_features, gate.weight.dtype)
     return new if close(new(x), module(x), packer.tolerance(gate.weight)) else None
 
@@ -172,17 +162,6 @@ def _is_silu(activation: nn.Module, gate: nn.Linear) -> bool:
     return bool((activation(x) - F.silu(x)).abs().max() < 1e-2)
 
 
-class _RMSNorm(nn.Module):
-    def __init__(self, native: Native, weight: nn.Parameter, eps: float, *, shifted: bool) -> None:
-        super().__init__()
-        self._native = native
-        self.weight = weight
-        self._eps, self._shifted = eps, shifted
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._native.rms_norm(x, self.weight, self._eps, shifted=self._shifted)
-
-
 def _norm(native: Native, module: nn.Module) -> nn.Module | None:
     weight = getattr(module, "weight", None)
     eps = next((e for name in _EPSILONS if isinstance(e := getattr(module, name, None), float)), None)
@@ -194,7 +173,7 @@ def _norm(native: Native, module: nn.Module) -> nn.Module | None:
     # The smaller one shows whether eps is where it belongs.
     samples = [sample_input(len(weight), weight.dtype, scale) for scale in (1.0, 0.001)]
     for shifted in (False, True):
-        new = _RMSNorm(native, weight, eps, shifted=shifted)
+        new = RMSNorm(native, weight, eps, shifted=shifted)
         if all(close(new(x), module(x)) for x in samples):
             return new
     return None

@@ -14,13 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baton.model.attention import Attend, Echo, Options
+from baton.model.attention import Attend, Options
+from baton.model.calls import calls_of, is_rotated
 from baton.model.packed import NativePacker, close
 from baton.model.rotated import Witness, looks_rotated
-
-_SAMPLE = ([0, 1, 0, 1], [0, 1, 5, 11])  # tokens and their positions
-
-Call = dict[str, Any]
 
 
 class RotatedAttention(nn.Module):
@@ -34,10 +31,10 @@ class RotatedAttention(nn.Module):
         self.q_norm, self.k_norm = getattr(old, "q_norm", None), getattr(old, "k_norm", None)
         linears = (old.q_proj, old.k_proj, old.v_proj)
         bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-        self._qkv = packer.pack(torch.cat([linear.weight for linear in linears]), bias)
-        self._num_heads = [linear.out_features // head_dim for linear in linears]
-        self._native = packer.native
-        self._options = options
+        self.qkv = packer.pack(torch.cat([linear.weight for linear in linears]), bias)
+        self.num_heads = [linear.out_features // head_dim for linear in linears]
+        self.native = packer.native
+        self.options = options
 
     def forward(
         self,
@@ -47,15 +44,15 @@ class RotatedAttention(nn.Module):
         baton_batch: Attend,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        states = self._qkv(hidden_states[0])  # [T, all heads]
-        heads = states.view(len(states), sum(self._num_heads), -1)
-        query, key, value = heads.split(self._num_heads, 1)
+        states = self.qkv(hidden_states[0])  # [T, all heads]
+        heads = states.view(len(states), sum(self.num_heads), -1)
+        query, key, value = heads.split(self.num_heads, 1)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         cos, sin = position_embeddings
-        self._native.rotate(query, cos[0], sin[0])
-        self._native.rotate(key, cos[0], sin[0])
-        out = baton_batch.attend(self, query, key, value, self._options)
+        self.native.rotate(query, cos[0], sin[0])
+        self.native.rotate(key, cos[0], sin[0])
+        out = baton_batch.attend(self, query, key, value, self.options)
         return self.o_proj(out.to(states.dtype).flatten(1)[None]), None
 
 
@@ -64,16 +61,16 @@ class AttentionSwap:
 
     def __init__(self, packer: NativePacker, model: nn.Module) -> None:
         self._packer = packer
-        self._calls = _calls(model)  # whoever is swapped is not held here
+        self._calls = calls_of(model, looks_rotated)  # whoever is swapped is not held here
 
     def __call__(self, module: nn.Module) -> nn.Module | None:
         call = self._calls.pop(module, None)
-        if call is None or not _is_rotated(call, module.q_proj.weight):  # type: ignore[union-attr,arg-type]
+        if call is None or call.args or not is_rotated(call, module.q_proj.weight.dtype):  # type: ignore[union-attr,arg-type]
             return None
-        return _successor(self._packer, module, call)
+        return _successor(self._packer, module, call.kwargs)
 
 
-def _successor(packer: NativePacker, module: Any, call: Call) -> nn.Module | None:
+def _successor(packer: NativePacker, module: Any, call: dict[str, Any]) -> nn.Module | None:
     told, heard = Witness(), Witness()
     expected = module(**call | {"baton_batch": told})
     linears = (module.q_proj, module.k_proj, module.v_proj)
@@ -93,41 +90,3 @@ def _successor(packer: NativePacker, module: Any, call: Call) -> nn.Module | Non
     tolerance = packer.tolerance(module.q_proj.weight)
     pairs = [(out, expected[0]), *zip(heard.heads, told.heads, strict=True)]
     return new if all(close(*pair, tolerance) for pair in pairs) else None
-
-
-def _calls(model: nn.Module) -> dict[nn.Module, Call]:
-    """What each module that looks right is called with; none where the model cannot be run like that."""
-    calls: dict[nn.Module, Call] = {}
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: Call) -> None:
-        if not args:
-            calls[module] = kwargs
-
-    hooks = [
-        module.register_forward_pre_hook(note, with_kwargs=True)
-        for module in model.modules()
-        if looks_rotated(module)
-    ]
-    token_ids, positions = (torch.tensor([row]) for row in _SAMPLE)
-    try:
-        if hooks:
-            model(input_ids=token_ids, position_ids=positions, use_cache=False, baton_batch=Echo())
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return {}
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
-
-
-def _is_rotated(call: Call, weight: Tensor) -> bool:
-    """By two tensors [1, T, R]."""
-    angles = call.get("position_embeddings")
-    return (
-        "baton_batch" in call
-        and isinstance(angles, tuple)
-        and len(angles) == 2
-        and all(
-            isinstance(each, Tensor) and each.dim() == 3 and each.dtype == weight.dtype for each in angles
-        )
-    )
