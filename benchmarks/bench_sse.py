@@ -45,7 +45,7 @@ from baton.tokenizer import Tokenizer
 from baton_router.app import App, create_app, serve_http
 from baton_router.fleet_view import IndexHealth
 from baton_router.front_door import FrontDoor
-from baton_router.generation import Record, Tokens, TokenStream
+from baton_router.generation import AtOnce, Record, Tokens, TokenStream, never
 from baton_router.metrics import RouterMetrics
 
 BODY = orjson.dumps(
@@ -116,8 +116,10 @@ class Ticker:
                 if last:
                     del self.open[stream]
 
-    async def generate(self, request: Request, *, timeout_s: float) -> AsyncGenerator[list[Tokens], None]:
-        stream = Stream()
+    async def generate(
+        self, request: Request, *, timeout_s: float, at_once: AtOnce = never
+    ) -> AsyncGenerator[list[Tokens], None]:
+        stream = Stream(at_once)
         self.open[stream] = 0
         try:
             while tokens := await stream.take():
@@ -197,7 +199,7 @@ async def serve(server: str, gap_s: float, num_tokens: int) -> None:
 
 class Floor(App):
     def __init__(self, ticker: Ticker, door: FrontDoor) -> None:
-        super().__init__(self._bare, {}, door)
+        super().__init__(self._bare, {}, door, None)
         self._ticker = ticker
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

@@ -21,7 +21,7 @@ from baton.tokenizer import Tokenizer
 from baton_router.canary import PairCounts
 from baton_router.fleet_view import IndexHealth
 from baton_router.front_door import FrontDoor
-from baton_router.generation import Record, Tokens
+from baton_router.generation import AtOnce, Record, Tokens, never
 from baton_router.metrics import RouterMetrics
 
 MODEL = "m"
@@ -101,7 +101,9 @@ class ScriptedGenerator:
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _cancelled: dict[str, asyncio.Event] = field(default_factory=dict)
 
-    async def generate(self, request: Request, *, timeout_s: float) -> AsyncGenerator[list[Tokens], None]:
+    async def generate(
+        self, request: Request, *, timeout_s: float, at_once: AtOnce = never
+    ) -> AsyncGenerator[list[Tokens], None]:
         self.requests.append(request)
         self.timeouts_s.append(timeout_s)
         self._cancelled[request.request_id] = asyncio.Event()
@@ -241,8 +243,9 @@ def scripted_door(
     tokenizer: Tokenizer | None = None,
     max_model_len: int | None = MAX_MODEL_LEN,
     log_prompts: bool = False,
+    generator: ScriptedGenerator | None = None,
 ) -> tuple[FrontDoor, ScriptedGenerator]:
-    generator = ScriptedGenerator(lambda _: script)
+    generator = generator or ScriptedGenerator(lambda _: script)
     door = FrontDoor(
         generator,
         tokenizer or byte_tokenizer(),

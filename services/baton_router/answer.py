@@ -18,7 +18,7 @@ from baton.request import PromptLogprobs, Request, RequestId
 from baton.telemetry import event
 from baton.tracing import NO_TRACING, Span, Tracer
 from baton_router.answer_choice import Choice, NoText
-from baton_router.generation import Generator, Tokens
+from baton_router.generation import AtOnce, Generator, Tokens, never
 from baton_router.metrics import RouterMetrics
 
 log = logging.getLogger(__name__)
@@ -153,6 +153,7 @@ class Answer:
 
     __slots__ = (
         "_arrival_s",
+        "_at_once",
         "_finished_s",
         "_first_token_s",
         "_open",
@@ -182,6 +183,7 @@ class Answer:
         *,
         prompt_only: bool = False,
         operation: str = "text_completion",
+        at_once: AtOnce = never,
     ) -> None:
         self.request = request  # under its own id once it is open
         self.user = user
@@ -204,6 +206,7 @@ class Answer:
         self._single = self.choices[0] if params.n == 1 else None
         self._open = open_answers
         self._operation = operation
+        self._at_once = at_once
         self._arrival_s = arrival_s
         self._timeout_s = timeout_s
         self._first_token_s: float | None = None
@@ -213,7 +216,9 @@ class Answer:
         request = self._open.opened(self.request)
         self.span = self._open.begin_span(request, self._arrival_s, self._operation)
         self.request = replace(request, traceparent=self.span.traceparent)
-        self.tokens = self._open.generator.generate(self.request, timeout_s=self._timeout_s)
+        self.tokens = self._open.generator.generate(
+            self.request, timeout_s=self._timeout_s, at_once=self._at_once
+        )
         return self
 
     async def __aexit__(

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import baton
 from baton.errors import BatonError, ConfigError, InvalidRequest, Unauthenticated
@@ -24,13 +25,14 @@ from baton_router.fleet_view import FleetView
 from baton_router.front_door import FrontDoor
 from baton_router.openai.api import Api
 from baton_router.openai.errors import error_response, on_error, response_to
-from baton_router.openai.sse import Exchange
+from baton_router.openai.sse import PAUSED, Exchange
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 * 2**20
 BACKLOG = 2048
 KEYED = "/v1"
+FLOW = "baton.flow"  # in the scope of a request that came by our own server
 CLEAN_UP_S = 2.0  # for cancelled requests to say so
 REQUEST_ID = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")
 BAD_REQUEST_ID = InvalidRequest(
@@ -79,7 +81,7 @@ class App:
         wanted = headers.get("x-request-id")
         is_valid = wanted is not None and REQUEST_ID.fullmatch(wanted) is not None
         request_id = wanted if wanted is not None and is_valid else self._door.draw_id()
-        exchange = Exchange(request_id, self._door.clock.now(), send)
+        exchange = Exchange(request_id, self._door.clock.now(), send, scope.get(FLOW, PAUSED))
         scope["baton.exchange"] = exchange
 
         async def send_with_id(message: Message) -> None:
@@ -173,7 +175,7 @@ async def serve_http(app: App, host: str, port: int) -> HttpServer:
     """
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=_Protocol,
         loop="none",
         ws="none",
         lifespan="off",
@@ -202,6 +204,15 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise ConfigError(f"cannot serve HTTP on {host}:{port}: {error.strerror or error}") from error
     return listener
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's, which tells the application whether the client keeps up."""
+
+    def on_headers_complete(self) -> None:
+        scope: dict[str, Any] = self.scope  # type: ignore[assignment]
+        scope[FLOW] = self.flow
+        super().on_headers_complete()
 
 
 class _Server(uvicorn.Server):

@@ -25,7 +25,7 @@ from baton.request import (
 from baton.tokenizer import Tokenizer
 from baton.tracing import NO_TRACING, Tracer, valid_traceparent
 from baton_router.answer import Answer, OpenAnswers
-from baton_router.generation import Generator
+from baton_router.generation import AtOnce, Generator, never
 from baton_router.metrics import RouterMetrics
 
 
@@ -156,12 +156,20 @@ class FrontDoor:
         user: str | None = None,
         prompt_only: bool = False,
         operation: str = "text_completion",
+        at_once: AtOnce = never,
     ) -> Answer:
         """Nothing happens before it is entered. `prompt_only`: no text is wanted but the prompt's. `operation` is
-        OpenTelemetry's name for what is done."""
+        OpenTelemetry's name for what is done. `at_once` may be offered tokens, which then do not come as items."""
         timeout_s = timeout_s or self.request_timeout_s
         return Answer(
-            self._open, request, arrival_s, timeout_s, user, prompt_only=prompt_only, operation=operation
+            self._open,
+            request,
+            arrival_s,
+            timeout_s,
+            user,
+            prompt_only=prompt_only,
+            operation=operation,
+            at_once=at_once,
         )
 
     def cancel_all(self) -> None:

@@ -2,11 +2,10 @@
 were made. The pipeline writes, one front door reads."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
-from baton.errors import BatonError
 from baton.request import FinishReason, PromptLogprobs, Request, TokenLogprobs
 
 
@@ -20,6 +19,15 @@ class Tokens(NamedTuple):
     prompt_logprobs: PromptLogprobs | None = None  # before all others, where the request asked for them
     sample: int = 0
     num_cached_tokens: int = 0  # of the prompt: with the first token, where the decode worker computed it
+
+
+# Offered tokens while the reader waits for them; says whether that was all that had to be done with them. What it
+# raises is raised at the reader.
+AtOnce: TypeAlias = Callable[[Tokens], bool]
+
+
+def never(tokens: Tokens) -> bool:
+    return False
 
 
 @dataclass(slots=True)
@@ -61,18 +69,37 @@ class Record:
 @dataclass(slots=True)
 class TokenStream:
     """Tokens pushed by the step demultiplexer, taken by one reader. Pushing never blocks and wakes the reader at most
-    once per turn of the loop, however many tokens came."""
+    once per turn of the loop, however many tokens came; not at all for those that `at_once` deals with, as waking a
+    task costs more than a token."""
 
+    at_once: AtOnce = never
+    num_tokens: int = 0  # that were pushed
     _buffer: list[Tokens] = field(default_factory=list)
-    _error: BatonError | None = None
+    _error: Exception | None = None
     _closed: bool = False
     _waiter: asyncio.Future[None] | None = None
 
     def push(self, tokens: Tokens) -> None:
-        self._buffer.append(tokens)
-        self._wake()
+        if self._error is not None:
+            return
+        self.num_tokens += len(tokens.token_ids)
+        if not self._is_awaited or not self._done_at_once(tokens):
+            self._buffer.append(tokens)
+            self._wake()
 
-    def fail(self, error: BatonError) -> None:
+    @property
+    def _is_awaited(self) -> bool:
+        """The reader has had everything."""
+        return self._waiter is not None and not self._waiter.done()
+
+    def _done_at_once(self, tokens: Tokens) -> bool:
+        try:
+            return self.at_once(tokens)
+        except Exception as error:
+            self.fail(error)
+            return True
+
+    def fail(self, error: Exception) -> None:
         """The reader gets what was pushed before, then this error."""
         if not self._closed:
             self._error, self._closed = error, True
@@ -105,10 +132,13 @@ class TokenStream:
 class Generator(Protocol):
     """What the front doors need of the pipeline."""
 
-    def generate(self, request: Request, *, timeout_s: float) -> AsyncGenerator[list[Tokens], None]:
+    def generate(
+        self, request: Request, *, timeout_s: float, at_once: AtOnce = never
+    ) -> AsyncGenerator[list[Tokens], None]:
         """Tokens in order, several steps' worth per item when the reader was slow; the last of each sample with a
-        finish reason. Raises BatonError (Overloaded, Unavailable, DeadlineExceeded, ...) before or between items.
-        Closing the generator early cancels the request everywhere."""
+        finish reason. Those that `at_once` deals with are no items. Raises BatonError (Overloaded, Unavailable,
+        DeadlineExceeded, ...) before or between items, and whatever `at_once` raised. Closing the generator early
+        cancels the request everywhere."""
         ...
 
     def drop(self, request_id: str, sample: int) -> None:

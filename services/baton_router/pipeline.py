@@ -30,7 +30,7 @@ from baton_router.admission import Admission
 from baton_router.attempts import Attempts
 from baton_router.choice import Chains, Choice
 from baton_router.fleet import Fleet
-from baton_router.generation import Record, Tokens, TokenStream
+from baton_router.generation import AtOnce, Record, Tokens, TokenStream, never
 from baton_router.placement import Placement
 from baton_router.workers import Link
 
@@ -61,12 +61,14 @@ class Pipeline:
 
     # --- what the front doors call ---
 
-    async def generate(self, request: Request, *, timeout_s: float) -> AsyncGenerator[list[Tokens], None]:
+    async def generate(
+        self, request: Request, *, timeout_s: float, at_once: AtOnce = never
+    ) -> AsyncGenerator[list[Tokens], None]:
         if request.request_id in self._streams:
             raise InternalError(f"request id {request.request_id} is in use")
         with self.admission.slot():
             record = self._new_record(request)
-            stream = self._streams[request.request_id] = TokenStream()
+            stream = self._streams[request.request_id] = TokenStream(at_once)
             serving = asyncio.create_task(self._serve(request, record, stream, timeout_s))
             try:
                 while tokens := await stream.take():
@@ -75,8 +77,8 @@ class Pipeline:
             finally:
                 serving.cancel()
                 await asyncio.gather(serving, return_exceptions=True)
-                del self._streams[request.request_id]
                 self._close_record(request, record)
+                del self._streams[request.request_id]
 
     def drop(self, request_id: str, sample: int) -> None:
         self._attempts.drop(request_id, sample)
@@ -108,7 +110,10 @@ class Pipeline:
         return await stream.take()
 
     def record(self, request_id: str) -> Record | None:
-        return self._records.get(request_id)
+        record = self._records.get(request_id)
+        if record is not None and (stream := self._streams.get(request_id)) is not None:
+            record.num_output_tokens = stream.num_tokens
+        return record
 
     # --- one request ---
 
@@ -164,7 +169,6 @@ class Pipeline:
         if record.first_token_s is None:
             record.first_token_s = self._clock.now()
         for tokens in batch:
-            record.num_output_tokens += len(tokens.token_ids)
             if tokens.num_cached_tokens:
                 record.num_cached_tokens_decode = tokens.num_cached_tokens
         if batch[-1].finish_reason is not None:
@@ -172,6 +176,7 @@ class Pipeline:
 
     def _close_record(self, request: Request, record: Record) -> None:
         record.finished_s = self._clock.now()
+        record.num_output_tokens = self._streams[request.request_id].num_tokens
         self._emit(
             "request.ended",
             **about(request),

@@ -20,6 +20,7 @@ from baton_router.answer import Answer
 from baton_router.canary import PairCounts
 from baton_router.fleet_view import FleetView, readiness, transports_in_use
 from baton_router.front_door import FrontDoor
+from baton_router.generation import AtOnce, never
 from baton_router.openai import schema
 from baton_router.openai.format import AnswerFormat
 from baton_router.openai.sse import EventStream, Exchange, until_disconnect
@@ -128,13 +129,14 @@ class Api:
         )
         user = body.user or body.safety_identifier
 
-        def open_answer() -> Answer:
+        def open_answer(at_once: AtOnce = never) -> Answer:
             return door.answer(
                 request,
                 arrival_s=exchange.arrival_s,
                 user=user,
                 prompt_only=body.is_about_prompt,
                 operation="chat" if isinstance(body, schema.ChatCompletionRequest) else "text_completion",
+                at_once=at_once,
             )
 
         def format_of(request: BatonRequest) -> AnswerFormat:

@@ -7,10 +7,10 @@ sent before the first token: an error until then is a plain response with its ow
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import orjson
 from starlette.requests import Request as HttpRequest
@@ -21,6 +21,8 @@ from baton.engine.detokenizer import Delta
 from baton.errors import BatonError, Cancelled
 from baton.request import Request, TokenLogprobs
 from baton_router.answer import CLIENT_GONE, Answer
+from baton_router.answer_choice import Choice
+from baton_router.generation import AtOnce, Tokens
 from baton_router.openai.errors import BUG, error_body, response_to
 from baton_router.openai.format import PLAIN, AnswerFormat, ChoiceStart, choice_starts, usage
 
@@ -36,6 +38,22 @@ HEADERS = (
 )
 
 
+class Flow(Protocol):
+    """Of a connection, kept by the server."""
+
+    @property
+    def write_paused(self) -> bool:
+        """The client does not keep up: sending waits for it."""
+        ...
+
+
+class _Flow(NamedTuple):
+    write_paused: bool
+
+
+PAUSED = _Flow(write_paused=True)  # of a server that does not tell
+
+
 @dataclass(slots=True)
 class Exchange:
     """One HTTP request and response, kept in the scope by the outermost application."""
@@ -43,6 +61,7 @@ class Exchange:
     request_id: str
     arrival_s: float
     send: Send  # the server's own
+    flow: Flow
     status: int = 0  # as it is counted: of the response, or of the error that ended its stream
     is_complete: bool = False  # its last byte is sent, and the server says "disconnect" because of that
 
@@ -138,19 +157,25 @@ class ChunkWriter:
 
 
 class EventStream(Response):
-    """Opens the answer, writes it as it comes, closes it; also when the client goes first."""
+    """Opens the answer, writes it as it comes, closes it; also when the client goes first. Between the first words and
+    the last its task is woken only where something has to be waited for."""
+
+    _exchange: Exchange
+    _answer: Answer
 
     def __init__(
         self,
-        open_answer: Callable[[], AbstractAsyncContextManager[Answer]],
+        open_answer: Callable[[AtOnce], AbstractAsyncContextManager[Answer]],
         format_of: Callable[[Request], AnswerFormat],
     ) -> None:
         self._open_answer = open_answer
         self._format_of = format_of
+        self._writers: list[ChunkWriter] = []  # one for each choice, as soon as the response has started
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange: Exchange = scope["baton.exchange"]
+        self._exchange = exchange
         try:
             run = self._run(exchange, scope, receive, send)
             await until_disconnect(receive, run, lambda: exchange.is_complete)
@@ -158,30 +183,23 @@ class EventStream(Response):
             exchange.status = CLIENT_GONE
 
     async def _run(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
-        writers: list[ChunkWriter] = []
-        has_begun = False
         try:
-            async with self._open_answer() as answer:
-                async for items in answer.tokens:
-                    read = answer.read(items)
-                    if not has_begun:
-                        writers = await self._writers(answer)
-                        has_begun = True
+            async with self._open_answer(self._write_at_once) as self._answer:
+                async for items in self._answer.tokens:
+                    read = self._answer.read(items)
+                    if not self._writers:
+                        self._writers = await self._make_writers(self._answer)
                         await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS]})
-                    if len(read) == 1:  # nearly always
-                        [(choice, delta)] = read
-                        chunk = writers[choice.index].write(delta, choice.logprobs)
-                    else:
-                        chunk = b"".join([writers[c.index].write(delta, c.logprobs) for c, delta in read])
-                    if not answer.num_running:
+                    chunk = self._chunk(read)
+                    if not self._answer.num_running:
                         exchange.is_complete = True
-                        chunk += writers[0].usage(usage(answer)) + DONE
+                        chunk += self._writers[0].usage(usage(self._answer)) + DONE
                         await exchange.send({"type": "http.response.body", "body": chunk, "more_body": False})
                         break
                     if chunk:
                         await exchange.send({"type": "http.response.body", "body": chunk, "more_body": True})
         except Exception as error:
-            if not has_begun:
+            if not self._writers:
                 await response_to(HttpRequest(scope), error)(scope, receive, send)
                 return
             if not isinstance(error, BatonError):
@@ -193,10 +211,36 @@ class EventStream(Response):
                     {"type": "http.response.body", "body": error_events(error), "more_body": False}
                 )
 
-    async def _writers(self, answer: Answer) -> list[ChunkWriter]:
+    def _write_at_once(self, tokens: Tokens) -> bool:
+        """Neither the first words nor the last, which a stop string might make of any."""
+        is_plain = tokens.finish_reason is None and self._writers and not self._answer.request.sampling.stop
+        if not is_plain or self._exchange.flow.write_paused:
+            return False
+        if chunk := self._chunk(self._answer.read([tokens])):
+            _finish_at_once(
+                self._exchange.send({"type": "http.response.body", "body": chunk, "more_body": True})
+            )
+        return True
+
+    def _chunk(self, read: Sequence[tuple[Choice, Delta]]) -> bytes:
+        if len(read) == 1:  # nearly always
+            [(choice, delta)] = read
+            return self._writers[choice.index].write(delta, choice.logprobs)
+        return b"".join([self._writers[c.index].write(delta, c.logprobs) for c, delta in read])
+
+    async def _make_writers(self, answer: Answer) -> list[ChunkWriter]:
         format = self._format_of(answer.request)
         starts = await choice_starts(format, answer)
         return [ChunkWriter(format, start, index) for index, start in enumerate(starts)]
+
+
+def _finish_at_once(work: Awaitable[None]) -> None:
+    """Of what has nothing to wait for."""
+    try:
+        work.__await__().send(None)
+    except StopIteration:
+        return
+    raise AssertionError("it waits")
 
 
 def error_events(error: BatonError) -> bytes:
