@@ -72,7 +72,7 @@ class TransferConfig:
     lease_s: Seconds = 10.0  # a hand-over that makes no progress for this long has failed
     push_timeout_s: Seconds = 6.0  # for one piece; a receiver gives it half as long again, within its lease
     piece_bytes: Count = 4 * 2**20  # blocks are sent in pieces of about this size
-    min_piece_bytes: Count = 2**20  # less waits for what joins it, until the whole prompt is computed
+    min_piece_bytes: Count = 2 * 2**20  # less waits for what joins it, until the whole prompt is computed
     num_layer_groups: Count = 8  # parts of a step's layers whose KV leaves before the step ends; 1: none does
 
 
