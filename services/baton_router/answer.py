@@ -229,6 +229,7 @@ class Answer:
         try:
             await self.tokens.aclose()
         finally:
+            self._at_once = never  # its owner holds this answer: a cycle for the garbage collector
             if isinstance(exc, Exception):
                 self.status = exc.status if isinstance(exc, BatonError) else InternalError.status
                 self.why = str(exc) if self.status >= 500 else ""  # others may quote what the user wrote

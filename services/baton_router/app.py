@@ -25,14 +25,14 @@ from baton_router.fleet_view import FleetView
 from baton_router.front_door import FrontDoor
 from baton_router.openai.api import Api
 from baton_router.openai.errors import error_response, on_error, response_to
-from baton_router.openai.sse import PAUSED, Exchange
+from baton_router.openai.sse import Exchange
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 * 2**20
 BACKLOG = 2048
 KEYED = "/v1"
-FLOW = "baton.flow"  # in the scope of a request that came by our own server
+CONNECTION = "baton.connection"  # in the scope of a request that came by our own server
 CLEAN_UP_S = 2.0  # for cancelled requests to say so
 REQUEST_ID = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")
 BAD_REQUEST_ID = InvalidRequest(
@@ -81,7 +81,7 @@ class App:
         wanted = headers.get("x-request-id")
         is_valid = wanted is not None and REQUEST_ID.fullmatch(wanted) is not None
         request_id = wanted if wanted is not None and is_valid else self._door.draw_id()
-        exchange = Exchange(request_id, self._door.clock.now(), send, scope.get(FLOW, PAUSED))
+        exchange = Exchange(request_id, self._door.clock.now(), send, scope.pop(CONNECTION, None))
         scope["baton.exchange"] = exchange
 
         async def send_with_id(message: Message) -> None:
@@ -207,12 +207,20 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's, which tells the application whether the client keeps up."""
+    """uvicorn's connection, which the application may write to itself: see sse.Connection."""
 
     def on_headers_complete(self) -> None:
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]
-        scope[FLOW] = self.flow
+        scope[CONNECTION] = self
         super().on_headers_complete()
+
+    @property
+    def is_paused(self) -> bool:
+        return self.flow.write_paused
+
+    def write_chunk(self, chunk: bytes) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
 
 
 class _Server(uvicorn.Server):

@@ -82,9 +82,8 @@ class Attempt:
         if first_index > next_index:
             self.fail(InternalError(f"tokens {next_index} to {first_index - 1} are missing"))
             return
-        num_known = next_index - first_index
-        token_ids = token_ids[num_known:]
-        logprobs = logprobs[num_known:]
+        if num_known := next_index - first_index:
+            token_ids, logprobs = token_ids[num_known:], logprobs[num_known:]
         tokens = Tokens(next_index, token_ids, reason, logprobs, prompt_logprobs, sample, num_cached_tokens)
         self._next_index[sample] = next_index + len(token_ids)
         if self._held is None:

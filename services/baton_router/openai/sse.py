@@ -7,10 +7,10 @@ sent before the first token: an error until then is a plain response with its ow
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import orjson
 from starlette.requests import Request as HttpRequest
@@ -38,20 +38,17 @@ HEADERS = (
 )
 
 
-class Flow(Protocol):
-    """Of a connection, kept by the server."""
+class Connection(Protocol):
+    """What our own server lets an application do past its `send`."""
 
     @property
-    def write_paused(self) -> bool:
-        """The client does not keep up: sending waits for it."""
+    def is_paused(self) -> bool:
+        """The client does not keep up: what is to be sent waits for it."""
         ...
 
-
-class _Flow(NamedTuple):
-    write_paused: bool
-
-
-PAUSED = _Flow(write_paused=True)  # of a server that does not tell
+    def write_chunk(self, chunk: bytes) -> None:
+        """Of a response that has started, and has no length."""
+        ...
 
 
 @dataclass(slots=True)
@@ -61,7 +58,7 @@ class Exchange:
     request_id: str
     arrival_s: float
     send: Send  # the server's own
-    flow: Flow
+    connection: Connection | None  # None: another server's
     status: int = 0  # as it is counted: of the response, or of the error that ended its stream
     is_complete: bool = False  # its last byte is sent, and the server says "disconnect" because of that
 
@@ -160,8 +157,8 @@ class EventStream(Response):
     """Opens the answer, writes it as it comes, closes it; also when the client goes first. Between the first words and
     the last its task is woken only where something has to be waited for."""
 
-    _exchange: Exchange
     _answer: Answer
+    _direct: Connection | None = None  # where tokens may be written at once: between the first and the last
 
     def __init__(
         self,
@@ -175,7 +172,6 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange: Exchange = scope["baton.exchange"]
-        self._exchange = exchange
         try:
             run = self._run(exchange, scope, receive, send)
             await until_disconnect(receive, run, lambda: exchange.is_complete)
@@ -190,6 +186,8 @@ class EventStream(Response):
                     if not self._writers:
                         self._writers = await self._make_writers(self._answer)
                         await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS]})
+                        if not self._answer.request.sampling.stop:  # which might make any token the last
+                            self._direct = exchange.connection
                     chunk = self._chunk(read)
                     if not self._answer.num_running:
                         exchange.is_complete = True
@@ -212,14 +210,12 @@ class EventStream(Response):
                 )
 
     def _write_at_once(self, tokens: Tokens) -> bool:
-        """Neither the first words nor the last, which a stop string might make of any."""
-        is_plain = tokens.finish_reason is None and self._writers and not self._answer.request.sampling.stop
-        if not is_plain or self._exchange.flow.write_paused:
+        """Neither the first words nor the last."""
+        connection = self._direct
+        if connection is None or tokens.finish_reason is not None or connection.is_paused:
             return False
         if chunk := self._chunk(self._answer.read([tokens])):
-            _finish_at_once(
-                self._exchange.send({"type": "http.response.body", "body": chunk, "more_body": True})
-            )
+            connection.write_chunk(chunk)
         return True
 
     def _chunk(self, read: Sequence[tuple[Choice, Delta]]) -> bytes:
@@ -232,15 +228,6 @@ class EventStream(Response):
         format = self._format_of(answer.request)
         starts = await choice_starts(format, answer)
         return [ChunkWriter(format, start, index) for index, start in enumerate(starts)]
-
-
-def _finish_at_once(work: Awaitable[None]) -> None:
-    """Of what has nothing to wait for."""
-    try:
-        work.__await__().send(None)
-    except StopIteration:
-        return
-    raise AssertionError("it waits")
 
 
 def error_events(error: BatonError) -> bytes:
