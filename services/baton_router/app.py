@@ -6,6 +6,7 @@ import re
 import socket
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -173,9 +174,10 @@ async def serve_http(app: App, host: str, port: int) -> HttpServer:
 
     Raises ConfigError when the address cannot be bound.
     """
+    protocol: Any = partial(_Protocol, _Writes(asyncio.get_running_loop()))
     config = uvicorn.Config(
         app,
-        http=_Protocol,
+        http=protocol,
         loop="none",
         ws="none",
         lifespan="off",
@@ -206,8 +208,33 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+class _Writes:
+    """What a turn of the event loop has for all connections, written in one go in the next one: before any task runs
+    that was woken meanwhile, so that nothing overtakes it. A write wakes its client; with other work between two writes
+    a client of many streams goes to sleep and is woken for each."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._pending: list[tuple[asyncio.Transport, bytes]] = []
+
+    def add(self, transport: asyncio.Transport, data: bytes) -> None:
+        if not self._pending:
+            self._loop.call_soon(self._write)
+        self._pending.append((transport, data))
+
+    def _write(self) -> None:
+        pending, self._pending = self._pending, []
+        for transport, data in pending:
+            if not transport.is_closing():
+                transport.write(data)
+
+
 class _Protocol(HttpToolsProtocol):
     """uvicorn's connection, which the application may write to itself: see sse.Connection."""
+
+    def __init__(self, writes: _Writes, **uvicorns: Any) -> None:
+        super().__init__(**uvicorns)
+        self._writes = writes
 
     def on_headers_complete(self) -> None:
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]
@@ -219,8 +246,7 @@ class _Protocol(HttpToolsProtocol):
         return self.flow.write_paused
 
     def write_chunk(self, chunk: bytes) -> None:
-        if not self.transport.is_closing():
-            self.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+        self._writes.add(self.transport, b"%x\r\n%b\r\n" % (len(chunk), chunk))
 
 
 class _Server(uvicorn.Server):
