@@ -8,6 +8,7 @@ what each step did. It registers under a lease, publishes which prefix blocks it
 """
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 
@@ -25,6 +26,7 @@ from baton.messages import (
     Holder,
     Load,
     Purpose,
+    Role,
     StatusCall,
     WorkerRecord,
     WorkerStatus,
@@ -36,7 +38,8 @@ Explainer = Callable[[Holder], Holder]
 StepListener = Callable[[StepOutput], None]
 Ready = Callable[[WorkerRecord], None]
 
-_COALESCE_S = 0.02
+_COALESCE_S = 0.02  # from a change until it is told
+_BUSY_S = 0.1  # of a worker that decodes: between two messages of changes at least
 _PURPOSES = {SequenceStatus.RESERVED: Purpose.RECEIVING, SequenceStatus.HELD: Purpose.LEASED}
 
 
@@ -49,6 +52,7 @@ class _Changes:
     )  # ordered: the event log must not depend on hashing
     removed: dict[BlockHash, None] = field(default_factory=dict)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
+    told_s: float = -math.inf  # when the latest message left
 
     def note(self, added: list[BlockHash], removed: list[BlockHash]) -> None:
         for block_hash in removed:
@@ -304,13 +308,17 @@ class Worker:
         return changes
 
     async def _wait(self, changes: _Changes, seconds: float) -> None:
-        """Until there is something to tell, and a moment longer so that one message tells the work of several steps."""
+        """Until there is something to tell, and a moment longer so that one message tells the work of several steps.
+        While a worker decodes nearly every step changes some block, and a message costs both ends as much as many
+        tokens; of its load routers hear in their sessions."""
+        least_s = _BUSY_S if Role.DECODE in self._record.roles else 0.0
         try:
             async with self._clock.timeout(seconds):
                 await changes.ready.wait()
-                await self._clock.sleep(_COALESCE_S)
+                await self._clock.sleep(max(_COALESCE_S, changes.told_s + least_s - self._clock.now()))
         except TimeoutError:
             pass
+        changes.told_s = self._clock.now()
 
 
 def _advertised(address: str, host: str | None) -> str:
