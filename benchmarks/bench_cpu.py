@@ -4,7 +4,8 @@
     python benchmarks/bench_cpu.py steps --model DIR         decode and prefill steps of a model
 
 Every number is the fastest of several runs in microseconds or milliseconds of this thread's CPU time, with one
-thread, so that others on the machine disturb it little; with --threads N it is wall time. --no-native: plain torch.
+thread, so that others on the machine disturb it little; with --threads N it is wall time. --no-native: plain torch;
+--int8: rounded weights.
 """
 
 import argparse
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--no-native", action="store_true")
+    parser.add_argument("--int8", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = time.thread_time if args.threads == 1 else time.perf_counter
@@ -43,7 +45,12 @@ def main() -> None:
             bench_linear(native.load(), clock)
             bench_attention(native.load(), clock)
         else:
-            engine = EngineConfig(num_blocks=1200, num_threads=args.threads, native_ops=not args.no_native)
+            engine = EngineConfig(
+                num_blocks=1200,
+                num_threads=args.threads,
+                native_ops=not args.no_native,
+                quantization="int8" if args.int8 else None,
+            )
             bench_steps(load_runner(ModelConfig(args.model, dtype=args.dtype), engine).runner, clock)
 
 

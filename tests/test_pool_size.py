@@ -1,5 +1,7 @@
 """The pool is as large as asked for, or as memory allows; what cannot be is refused at the start, with what to do."""
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from baton.engine.model_runner import load_runner
 from baton.errors import ConfigError, OutOfMemory
 from baton.kv.layout import KVLayout, LayerLayout
 from baton.kv.pool_size import DEFAULT_BYTES, Memory, num_blocks
+from baton.kv.storage import KVStorage
 from baton.model import memory
 
 GIB = 2**30
@@ -133,3 +136,22 @@ def test_torchs_own_words_for_it_are_understood() -> None:
         raise MemoryError
     with pytest.raises(RuntimeError, match="other"), memory.out_of_memory_as_baton_error():
         raise RuntimeError("other")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_takes_the_memory_of_its_pool_before_it_serves() -> None:
+    storage = KVStorage(KVLayout(16, (LayerLayout(2, 64, 64),), "float32", 4), 1000)
+    assert _resident_bytes(storage.data.data_ptr()) < storage.data.numel() // 10
+    storage.populate()
+    assert _resident_bytes(storage.data.data_ptr()) >= storage.data.numel()
+
+
+def _resident_bytes(address: int) -> int:
+    """Of the mapping that it is in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("Rss:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError("no such mapping")

@@ -57,6 +57,7 @@ async def run_worker(config: WorkerConfig, *, stop: asyncio.Event, ready: Ready)
     export_expiry(certificates, registry)
     loaded = await asyncio.to_thread(load_runner, config.model, config.engine)
     runner = loaded.runner
+    await asyncio.to_thread(runner.storage.populate)
     async with contextlib.AsyncExitStack() as closing:
         closing.push_async_callback(runner.aclose)
         tracer = await closing.enter_async_context(tracing("-".join(config.roles), clock))

@@ -40,6 +40,12 @@ class KVStorage:
     def num_blocks(self) -> int:
         return self.data.shape[0]
 
+    def populate(self) -> None:
+        """Before anything is written: takes the memory of the whole pool from the system. Otherwise that is done a
+        huge page at a time while somebody waits for a token, and memory that is not there after all is missed then."""
+        if self.data.device.type == "cpu":
+            self.data.zero_()
+
     def layer_views(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K [num_blocks, block_size, num_kv_heads, k_dim] and V [..., v_dim] of one layer; writing to them
         writes `data`."""
