@@ -154,7 +154,7 @@ async def test_a_prompt_is_scored_as_a_plain_forward_pass_scores_it(
     assert list(chunks[0].prompt_logprobs.logprobs) == pytest.approx(own, rel=1e-3)
     tops = np.array(chunks[0].prompt_logprobs.top_logprobs).reshape(-1, 2)
     np.testing.assert_allclose(tops, top[:-1], rtol=1e-3)
-    assert not chunks[1].HasField("prompt_logprobs")
+    assert not any(chunk.HasField("prompt_logprobs") for chunk in chunks[1:])  # two tokens may be one chunk
 
 
 @pytest.mark.parametrize("path", ["/completions", "/chat/completions"])
