@@ -346,6 +346,8 @@ def version() -> None:
 def _set_threads(number: int) -> None:
     # Read when torch is imported; too late afterwards.
     os.environ.setdefault("OMP_NUM_THREADS", str(number))
+    # Between two steps a core that waits is the router's: GNU's library would spin on it for milliseconds.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def _log_config(level: str | None, log_format: str | None) -> "LogConfig":
