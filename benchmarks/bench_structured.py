@@ -128,7 +128,7 @@ class Bench:
             num_threads=num_threads,
             enable_prefix_caching=False,
         )
-        loaded = load_runner(ModelConfig(model), config)
+        loaded = load_runner(ModelConfig(model, dtype="bfloat16"), config)
         self._runner: TorchModelRunner = loaded.runner
         self._masks = TimedMasks(self._runner._masks)
         self._runner._masks = self._masks  # type: ignore[assignment]
