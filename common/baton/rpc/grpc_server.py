@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from baton import codec
 from baton.clock import Clock
-from baton.errors import BatonError, ConfigError, InvalidRequest
+from baton.errors import BatonError, ConfigError, InvalidRequest, Unavailable
 from baton.rpc import health
 from baton.rpc.base import Handlers, Method, Server
 from baton.rpc.calls import respond
@@ -143,7 +143,11 @@ class _Decoded(AsyncIterator[Any]):
         self._messages = messages
 
     async def __anext__(self) -> Any:
-        return codec.decode(self._type, await anext(self._messages))
+        try:
+            message = await anext(self._messages)
+        except grpc.aio.BaseError as error:  # the server stops, or the call has ended
+            raise Unavailable(f"nothing more comes: {error}") from error
+        return codec.decode(self._type, message)
 
 
 def _metadata(context: Any, wanted: str) -> str | None:
