@@ -16,19 +16,9 @@ from baton.model import packed
 from baton.model.fuse import fuse
 from baton.model.packed import MkldnnPacker, NativeLinear, PackedEmbedding, agrees, packer_for
 from baton.request import SamplingParams
-from baton_kernels import native
 from baton_kernels.native import Native
-from baton_kernels.native_build import Unavailable
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-
-
-@pytest.fixture(scope="module")
-def ops() -> Native:
-    try:
-        return native.load()
-    except Unavailable as error:
-        pytest.skip(f"no native ops: {error}")
 
 
 class MLP(nn.Module):

@@ -15,20 +15,10 @@ from baton.model import loader
 from baton.model.attention import Echo
 from baton.model.fuse import fuse
 from baton.model.fuse_attention import RotatedAttention
-from baton_kernels import native
 from baton_kernels.native import Native
-from baton_kernels.native_build import Unavailable
 
 _TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
 _POSITIONS = torch.tensor([[0, 1, 2, 3, 70, 71, 500]])
-
-
-@pytest.fixture(scope="module")
-def ops() -> Native:
-    try:
-        return native.load()
-    except Unavailable as error:
-        pytest.skip(f"no native ops: {error}")
 
 
 def _load(directory: Path, dtype: str) -> nn.Module:

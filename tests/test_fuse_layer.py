@@ -19,9 +19,7 @@ from baton.model import loader
 from baton.model.fuse import fuse
 from baton.model.fuse_layer import WholeLayer
 from baton.request import BlockId, RequestId, SamplingParams
-from baton_kernels import native
 from baton_kernels.native import Native
-from baton_kernels.native_build import Unavailable
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -29,14 +27,6 @@ _SHAPE = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def ops() -> Native:
-    try:
-        return native.load()
-    except Unavailable as error:
-        pytest.skip(f"no native ops: {error}")
 
 
 def _row(tokens: range, blocks: range, start: int) -> BatchRow:

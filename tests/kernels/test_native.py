@@ -17,14 +17,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-@pytest.fixture(scope="module")
-def ops() -> Native:
-    try:
-        return native.load()
-    except native_build.Unavailable as error:
-        pytest.skip(f"no native ops: {error}")
-
-
 @pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
 def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()

@@ -17,9 +17,8 @@ from baton.model.fuse_attention import RotatedAttention
 from baton.model.native_modules import GatedMLP, RMSNorm
 from baton.model.native_step import NativeStep
 from baton.model.packed import NativeLinear
+from baton.model.trim import looks_usual
 from baton_kernels.native_layer import LayerParts, Linear, NativeLayer, Norm
-
-_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 
 
 class WholeLayer:
@@ -39,13 +38,13 @@ class WholeLayer:
 
 @torch.inference_mode()
 def fuse_layers(model: nn.Module) -> int:
-    """Once all else of the model is fused. Returns the number of layers."""
-    calls = calls_of(model, lambda module: {name for name, _ in module.named_children()} == _PARTS)
+    """Once all else of the model is fused. Returns the number of layers. Runs the model where any may do."""
+    usual = filter(looks_usual, model.modules())
+    parts = {layer: found for layer in usual if (found := _parts(layer)) is not None}
     num_fused = 0
-    for layer, call in calls.items():
-        parts = _parts(layer)
-        if parts is not None and _is_usual(layer, call):
-            layer.forward = WholeLayer(layer, NativeLayer(layer.self_attn.native, parts))  # type: ignore[union-attr,arg-type]
+    for layer, call in calls_of(model, parts.__contains__).items():
+        if _is_usual(layer, call):
+            layer.forward = WholeLayer(layer, NativeLayer(layer.self_attn.native, parts[layer]))  # type: ignore[union-attr,arg-type]
             num_fused += 1
     return num_fused
 

@@ -76,9 +76,14 @@ class _LastLayer:
         return kept + layer.mlp(layer.post_attention_layernorm(kept))
 
 
+def looks_usual(module: nn.Module) -> bool:
+    """A decoder layer, by its parts; whether they are put together in the usual way is seen when it is tried."""
+    return {name for name, _ in module.named_children()} == _PARTS
+
+
 def _last_layer(model: nn.Module, num_layers: int) -> nn.Module | None:
     for module in model.modules():
-        if {name for name, _ in module.named_children()} == _PARTS:
+        if looks_usual(module):
             attention = module.get_submodule("self_attn")
             if getattr(attention, "layer_idx", None) == num_layers - 1:
                 return module
