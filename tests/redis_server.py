@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from free_ports import free_port
+
 START_S = 20.0
 
 
@@ -40,7 +42,7 @@ class RedisServer:
         self._password = password
         self._process: subprocess.Popen[bytes] | None = None
         self.socket_path = f"{self._directory}/redis.sock"
-        self.port = _free_port()
+        self.port = free_port()
         self.start()
 
     @property
@@ -107,9 +109,3 @@ class RedisServer:
                     return
             time.sleep(0.005)
         raise RuntimeError(f"{self._executable} did not answer within {START_S:g} s")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from free_ports import free_port, free_ports
 from redis import Redis
 from redis.crc import key_slot
 from redis.exceptions import RedisError
-from redis_server import _free_port, default_server
+from redis_server import default_server
 from test_index import blocks, join, record_of
 
 from baton.clock import SystemClock
@@ -70,7 +71,7 @@ async def until_serving(index: RedisIndex) -> None:
 
 
 async def test_sentinels_name_the_master_and_after_a_failover_the_new_one(tmp_path: Path) -> None:
-    first, second, sentinel = (_free_port() for _ in range(3))
+    first, second, sentinel = free_ports(3)
     config = tmp_path / "sentinel.conf"
     config.write_text(
         f"port {sentinel}\nsentinel monitor baton 127.0.0.1 {first} 1\nsentinel auth-pass baton {PASSWORD}\n"
@@ -81,7 +82,7 @@ async def test_sentinels_name_the_master_and_after_a_failover_the_new_one(tmp_pa
     servers = (["--port", str(first), *login], [*replica, *login], [str(config), "--sentinel"])
     with processes(tmp_path, *servers) as running, Redis(port=sentinel) as asked:
         until(lambda: asked.sentinel_slaves("baton")[0]["master-link-status"] == "ok")
-        silent = _free_port()  # a Sentinel that is gone is passed over
+        silent = free_port()  # a Sentinel that is gone is passed over
         url = f"redis+sentinel://:{PASSWORD}@127.0.0.1:{silent},127.0.0.1:{sentinel}/baton/0"
         index = RedisIndex(url, NAMESPACE, CLOCK, timeout_s=5.0)
         await join(index, record_of(W1), CHAIN)
@@ -132,7 +133,7 @@ async def test_in_a_cluster_the_index_follows_its_slot(tmp_path: Path) -> None:
 def cluster_port() -> int:
     """A free port whose cluster bus, 10000 above, is a free port, too."""
     while True:
-        port = _free_port()
+        port = free_port()
         with contextlib.suppress(OSError, OverflowError), socket.socket() as bus:
             bus.bind(("127.0.0.1", port + 10_000))
             return port

@@ -13,7 +13,8 @@ from urllib.parse import quote
 
 import pytest
 import trustme
-from redis_server import RedisServer, _free_port, default_server
+from free_ports import free_port
+from redis_server import RedisServer, default_server
 from test_index import blocks, join, record_of
 
 from baton.clock import SystemClock
@@ -83,7 +84,7 @@ async def proxied(plain: RedisServer, authority: Authority, clients: bool) -> As
 @asynccontextmanager
 async def native(plain: RedisServer, authority: Authority, clients: bool) -> AsyncIterator[int]:
     certificate, key = authority.issue("localhost")
-    port = _free_port()
+    port = free_port()
     files = ["--tls-cert-file", certificate, "--tls-key-file", key, "--tls-ca-cert-file", authority.file]
     asked = ["--tls-auth-clients", "yes" if clients else "no", "--save", "", "--bind", "127.0.0.1"]
     process = await asyncio.create_subprocess_exec(

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import httpx
 import psutil
 import pytest
 from fake_cluster import Cluster, cluster
+from free_ports import free_port, free_ports
 from helm_engine import (
     Manifest,
     component,
@@ -100,14 +100,6 @@ class Pod:
         return await asyncio.to_thread(self.process.wait, grace_s)
 
 
-def free_ports(names: list[str]) -> dict[str, int]:
-    with contextlib.ExitStack() as held:
-        sockets = {name: held.enter_context(socket.socket()) for name in names}
-        for sock in sockets.values():
-            sock.bind(("127.0.0.1", 0))
-        return {name: sock.getsockname()[1] for name, sock in sockets.items()}
-
-
 def mounted_secrets(workload: Manifest, given: dict[str, Path]) -> dict[str, str]:
     """Where the pod would find a Secret -> the directory of the test that stands for it."""
     volumes = pod_of(workload)["spec"]["volumes"]
@@ -118,7 +110,7 @@ def mounted_secrets(workload: Manifest, given: dict[str, Path]) -> dict[str, str
 def start_redis(workload: Manifest, directory: Path) -> Pod:
     server, *arguments = container_of(workload)["args"]
     assert server == "redis-server"
-    ports = free_ports(["redis"])
+    ports = {"redis": free_port()}
     here = ["--port", str(ports["redis"]), "--bind", "127.0.0.1", "--dir", str(directory)]
     log = directory / "redis.log"
     with log.open("wb") as out:
@@ -132,7 +124,8 @@ def start(
     container = container_of(workload)
     file = config_file(files, workload, directory)
     env = environment(container, pod_ip="127.0.0.1", secret="")
-    ports = free_ports([name for name in PORTS if name in env])
+    names = [name for name in PORTS if name in env]
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
     env |= {name: str(port) for name, port in ports.items()}
     env |= {"HOME": str(directory), "HF_HOME": str(directory), "BATON_INDEX__REDIS_URL": redis_url}
     env |= {"PATH": os.environ["PATH"]}
